@@ -1,0 +1,292 @@
+//! The ids of a call and how they fall into bags.
+//!
+//! Ids are feature-major: bag `b` of feature `f` is number `f * batch + b`, and holds the ids between two offsets.
+//! [`Bags::new`] checks the offsets; ids are checked against their tables where they are used.
+
+use std::ops::Range;
+
+use crate::{Error, Result};
+
+/// An integer type of ids.
+pub(crate) trait Id: Copy + Send + Sync {
+    /// The row it names; a negative id becomes a number above any number of rows.
+    fn row(self) -> u64;
+}
+
+impl Id for i32 {
+    #[inline(always)]
+    fn row(self) -> u64 {
+        i64::from(self).row()
+    }
+}
+
+impl Id for i64 {
+    #[inline(always)]
+    fn row(self) -> u64 {
+        self as u64
+    }
+}
+
+/// The ids of a call.
+#[derive(Clone, Copy, Debug)]
+pub enum Ids<'a> {
+    /// 32-bit ids.
+    I32(&'a [i32]),
+    /// 64-bit ids.
+    I64(&'a [i64]),
+}
+
+impl Ids<'_> {
+    /// How many.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        match self {
+            Self::I32(ids) => ids.len(),
+            Self::I64(ids) => ids.len(),
+        }
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn get(&self, position: usize) -> i64 {
+        match self {
+            Self::I32(ids) => i64::from(ids[position]),
+            Self::I64(ids) => ids[position],
+        }
+    }
+}
+
+/// Runs `$body` with `$typed` the slice that `$ids` holds, whatever its type.
+macro_rules! with_ids {
+    ($ids:expr, |$typed:ident| $body:expr) => {
+        match $ids {
+            $crate::bags::Ids::I32($typed) => $body,
+            $crate::bags::Ids::I64($typed) => $body,
+        }
+    };
+}
+pub(crate) use with_ids;
+
+/// Where bags begin.
+#[derive(Clone, Copy, Debug)]
+pub enum Offsets<'a> {
+    /// The first id of every bag, with or without the end of the last; 32-bit.
+    I32(&'a [i32]),
+    /// The same, 64-bit.
+    I64(&'a [i64]),
+    /// Every bag holds as many ids.
+    Even,
+}
+
+/// The ids of a call, fallen into bags.
+#[derive(Clone, Copy, Debug)]
+pub struct Bags<'a> {
+    pub(crate) ids: Ids<'a>,
+    offsets: Offsets<'a>,
+    pub(crate) features: usize,
+    pub(crate) batch: usize,
+    /// A factor for every id.
+    pub(crate) weights: Option<&'a [f32]>,
+}
+
+impl<'a> Bags<'a> {
+    /// Checks offsets and lengths.
+    ///
+    /// `offsets` has `features * batch` elements or one more; `per_sample_weights` has one for every id.
+    pub fn new(
+        ids: Ids<'a>,
+        offsets: Offsets<'a>,
+        features: usize,
+        batch: usize,
+        per_sample_weights: Option<&'a [f32]>,
+    ) -> Result<Self> {
+        let bags = features
+            .checked_mul(batch)
+            .ok_or_else(|| Error::argument("batch_size", "features * batch_size below 2^64", batch))?;
+        match offsets {
+            Offsets::I32(offsets) => check_offsets(offsets, features, batch, ids.len())?,
+            Offsets::I64(offsets) => check_offsets(offsets, features, batch, ids.len())?,
+            Offsets::Even if bags == 0 && ids.is_empty() => {}
+            Offsets::Even if bags > 0 && ids.len().is_multiple_of(bags) => {}
+            Offsets::Even => {
+                let expected = format!("as many ids in each of {bags} bags, since there are no offsets");
+                return Err(Error::argument("indices", expected, format_args!("{} ids", ids.len())));
+            }
+        }
+        if let Some(weights) = per_sample_weights
+            && weights.len() != ids.len()
+        {
+            let expected = format!("one for each of {} ids", ids.len());
+            return Err(Error::argument("per_sample_weights", expected, weights.len()));
+        }
+        Ok(Self { ids, offsets, features, batch, weights: per_sample_weights })
+    }
+
+    /// How many ids.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// Where the ids of bag number `bag` are.
+    #[inline(always)]
+    pub(crate) fn bounds(&self, bag: usize) -> Range<usize> {
+        match self.offsets {
+            Offsets::I32(offsets) => self.bounds_in(offsets, bag),
+            Offsets::I64(offsets) => self.bounds_in(offsets, bag),
+            Offsets::Even => {
+                let len = self.ids.len() / (self.features * self.batch);
+                bag * len..(bag + 1) * len
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn bounds_in<I: Id>(&self, offsets: &[I], bag: usize) -> Range<usize> {
+        let end = offsets.get(bag + 1).map_or(self.ids.len(), |o| o.row() as usize);
+        offsets[bag].row() as usize..end
+    }
+
+    /// Where the ids of `feature` are.
+    pub(crate) fn feature_bounds(&self, feature: usize) -> Range<usize> {
+        if self.batch == 0 {
+            return 0..0;
+        }
+        let first = self.bounds(feature * self.batch).start;
+        first..self.bounds((feature + 1) * self.batch - 1).end
+    }
+
+    /// The bag, of all features' bags, that holds the id at `position`.
+    pub(crate) fn bag_of(&self, position: usize) -> usize {
+        let (mut low, mut high) = (0, self.features * self.batch);
+        while low < high {
+            let middle = low.midpoint(high);
+            if self.bounds(middle).end <= position {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        low
+    }
+}
+
+fn check_offsets<I: Id + std::fmt::Display>(
+    offsets: &[I],
+    features: usize,
+    batch: usize,
+    ids: usize,
+) -> Result<()> {
+    let bags = features * batch;
+    if offsets.len() != bags && offsets.len() != bags + 1 {
+        let expected = format!(
+            "{bags} or {} elements (features {features} x batch size {batch}, with or without the end of the last bag)",
+            bags + 1
+        );
+        return Err(Error::argument("offsets", expected, offsets.len()));
+    }
+    let bound = |i: usize| offsets.get(i).map_or(ids as u64, |o| o.row());
+    if bound(0) != 0 {
+        return Err(Error::argument("offsets[0]", 0, offsets.first().map_or(0, |o| o.row() as i64)));
+    }
+    // No early exit: this way the compiler compares many at a time.
+    let falls = (0..bags).fold(false, |falls, i| falls | (bound(i) > bound(i + 1)));
+    if falls || bound(bags) > ids as u64 {
+        return Err(describe_bad_offsets(offsets, ids));
+    }
+    if bound(bags) != ids as u64 {
+        let expected = format!("{ids}, the number of ids");
+        return Err(Error::argument(format!("offsets[{bags}]"), expected, bound(bags)));
+    }
+    Ok(())
+}
+
+fn describe_bad_offsets<I: Id + std::fmt::Display>(offsets: &[I], ids: usize) -> Error {
+    let mut before = 0;
+    for (i, offset) in offsets.iter().enumerate() {
+        if offset.row() > ids as u64 || offset.row() < before {
+            let expected = format!("from {before} (the offset before it) to {ids} (the number of ids)");
+            return Error::argument(format!("offsets[{i}]"), expected, offset);
+        }
+        before = offset.row();
+    }
+    unreachable!("called for offsets that fall or end beyond the ids")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(ids: &[i64], offsets: &[i64], features: usize, batch: usize) -> String {
+        let made = Bags::new(Ids::I64(ids), Offsets::I64(offsets), features, batch, None);
+        made.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn bounds_with_and_without_the_last_offset() {
+        for offsets in [&[0, 2, 2, 3][..], &[0, 2, 2, 3, 5]] {
+            let bags = Bags::new(Ids::I32(&[0; 5]), Offsets::I32(offsets), 2, 2, None).unwrap();
+            let all: Vec<_> = (0..4).map(|b| bags.bounds(b)).collect();
+            assert_eq!(all, [0..2, 2..2, 2..3, 3..5]);
+            assert_eq!((bags.feature_bounds(0), bags.feature_bounds(1)), (0..2, 2..5));
+            let owners: Vec<_> = (0..5).map(|p| bags.bag_of(p)).collect();
+            assert_eq!(owners, [0, 0, 2, 3, 3]);
+        }
+    }
+
+    #[test]
+    fn even_bags() {
+        let bags = Bags::new(Ids::I64(&[0; 6]), Offsets::Even, 1, 3, None).unwrap();
+        assert_eq!(bags.bounds(1), 2..4);
+        let uneven = Bags::new(Ids::I64(&[0; 7]), Offsets::Even, 1, 3, None);
+        assert!(uneven.unwrap_err().to_string().contains("7 ids"));
+        assert!(Bags::new(Ids::I64(&[]), Offsets::Even, 1, 0, None).is_ok());
+    }
+
+    #[test]
+    fn bad_offsets_are_named() {
+        let ids = [0; 4];
+        for (offsets, words) in [
+            (
+                &[0, 3, 2, 4][..],
+                "offsets[2]: expected from 3 (the offset before it) to 4 (the number of ids), got 2",
+            ),
+            (&[1, 2, 3, 4], "offsets[0]: expected 0, got 1"),
+            (&[-1, 2, 3, 4], "offsets[0]: expected 0, got -1"),
+            (
+                &[0, 2, -3, 4],
+                "offsets[2]: expected from 2 (the offset before it) to 4 (the number of ids), got -3",
+            ),
+            (
+                &[0, 2, 3, 5],
+                "offsets[3]: expected from 3 (the offset before it) to 4 (the number of ids), got 5",
+            ),
+            (
+                &[0, 2, 9],
+                "offsets[2]: expected from 2 (the offset before it) to 4 (the number of ids), got 9",
+            ),
+            (&[0, 2, 2, 3], "offsets[3]: expected 4, the number of ids, got 3"),
+            (&[0, 2], "offsets: expected 3 or 4 elements"),
+        ] {
+            let message = refused(&ids, offsets, 1, 3);
+            assert!(message.starts_with(words), "{message}");
+        }
+    }
+
+    #[test]
+    fn weights_are_one_for_each_id() {
+        let made = Bags::new(Ids::I64(&[1, 2]), Offsets::Even, 1, 1, Some(&[1.0]));
+        let message = made.unwrap_err().to_string();
+        assert_eq!(message, "per_sample_weights: expected one for each of 2 ids, got 1");
+    }
+}

@@ -1,0 +1,21 @@
+//! The loops over elements, each written once and compiled for every level.
+//!
+//! A [`Kernel`] is an algorithm over [`Simd`], the operations of one level on vectors of [`LANES`] floats. A vector has
+//! 16 lanes at every level (one register of AVX-512, two of AVX2, four of NEON), so an algorithm adds the same numbers
+//! in the same order everywhere and the results have the same bits. For the same reason no level fuses a multiplication
+//! with an addition. [`scalar`] is the specification.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+pub(crate) mod dot;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+pub(crate) mod pool;
+pub(crate) mod scalar;
+mod simd;
+pub(crate) mod sum;
+pub(crate) mod touched;
+
+pub(crate) use simd::{Kernel, LANES, Lanes, Simd};

@@ -1,0 +1,55 @@
+//! Embedding tables in host memory: stored, looked up and trained on all cores.
+//!
+//! A [`TableSet`] owns tables and the [`Feature`]s that look them up. One call looks up every feature
+//! ([`TableSet::lookup`]); one call sums the gradients of the touched rows and runs an optimizer on them
+//! ([`TableSet::update`]). This crate knows nothing of Python or torch.
+//!
+//! Every result has the same bits at every [`Level`] and for every number of threads.
+//!
+//! ```
+//! use dlrm_core::{Bags, Context, Feature, Ids, Offsets, Pooling, RowFormat, TableSet, TableSpec};
+//!
+//! let ctx = Context::default();
+//! let spec = TableSpec { name: "ads".into(), rows: 4, dim: 2, format: RowFormat::Fp32 };
+//! let feature = Feature { table: 0, pooling: Pooling::Sum, padding: None };
+//! let set = TableSet::new(vec![spec], vec![feature], &ctx)?;
+//! set.write(0, |rows| rows.copy_from_slice(&[0., 0., 1., 10., 2., 20., 3., 30.]));
+//!
+//! let bags = Bags::new(Ids::I64(&[1, 3, 2]), Offsets::I64(&[0, 2]), 1, 2, None)?;
+//! let mut out = [0.0; 4];
+//! set.lookup(&bags, &mut out, None, &ctx)?;
+//! assert_eq!(out, [4., 40., 2., 20.]); // rows 1 + 3, row 2
+//! # Ok::<(), dlrm_core::Error>(())
+//! ```
+
+mod bags;
+mod context;
+mod disjoint;
+mod error;
+mod fork;
+mod gradient;
+mod guarded;
+mod kernels;
+mod level;
+mod lookup;
+mod memory;
+mod occurrences;
+pub mod optimizers;
+mod pieces;
+mod renorm;
+mod row_format;
+mod rows;
+mod table;
+mod table_set;
+pub mod threads;
+mod update;
+
+pub use bags::{Bags, Ids, Offsets};
+pub use context::Context;
+pub use error::{Error, Result};
+pub use gradient::{Gradient, SparseRows};
+pub use level::Level;
+pub use lookup::Pooling;
+pub use row_format::RowFormat;
+pub use table::{TableMemory, TableSpec};
+pub use table_set::{Feature, TableSet};

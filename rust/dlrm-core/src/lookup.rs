@@ -1,0 +1,192 @@
+//! Lookup of every feature of a call.
+
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::bags::{Bags, Id, with_ids};
+use crate::disjoint::Disjoint;
+use crate::kernels::pool::Pool;
+use crate::pieces::{self, Size};
+use crate::rows::{Rows, with_rows};
+use crate::table_set::{Feature, Slot, TableSet};
+use crate::{Context, Error, Level, Result};
+
+/// How a bag becomes one output row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// The sum of its rows, each times its weight when there are weights.
+    Sum,
+    /// That sum divided by the number of ids.
+    Mean,
+    /// The elementwise maximum.
+    Max,
+    /// It does not: every id gives one output row.
+    None,
+}
+
+impl Pooling {
+    /// Every pooling.
+    pub const ALL: [Self; 4] = [Self::Sum, Self::Mean, Self::Max, Self::None];
+
+    /// Its name in Python and in messages.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sum => "sum",
+            Self::Mean => "mean",
+            Self::Max => "max",
+            Self::None => "none",
+        }
+    }
+}
+
+impl fmt::Display for Pooling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Pooling {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|pooling| pooling.name() == name);
+        found.ok_or_else(|| {
+            let known = Self::ALL.map(Self::name).join(", ");
+            Error::argument("pooling", format_args!("one of {known}"), format_args!("'{name}'"))
+        })
+    }
+}
+
+impl TableSet {
+    /// Looks up and pools every feature into `out`.
+    ///
+    /// Pooled, `out` is `(B, W)`, features side by side; else it is `(ids, D)` of one feature after another. Every
+    /// element is written. `argmax`, of the same shape, gets for max pooling the place within the bag of the id whose
+    /// element was largest, -1 in an empty bag; columns of other features are left as they are.
+    pub fn lookup(
+        &self,
+        bags: &Bags,
+        out: &mut [f32],
+        argmax: Option<&mut [i32]>,
+        ctx: &Context,
+    ) -> Result<()> {
+        self.check_bags(bags)?;
+        self.check_len("out", out.len(), bags)?;
+        if let Some(argmax) = &argmax {
+            self.check_len("argmax", argmax.len(), bags)?;
+        }
+        self.check_weights(bags)?;
+        let call = Lookup {
+            set: self,
+            bags,
+            slots: self.slots(bags),
+            out: Disjoint::new(out),
+            argmax: argmax.map(|a| Disjoint::new(bytemuck::cast_slice_mut(a))),
+            bad: AtomicUsize::new(usize::MAX),
+        };
+        call.run(ctx)
+    }
+
+    /// Refuses weights that are NaN, or that a feature's pooling has no use for.
+    pub(crate) fn check_weights(&self, bags: &Bags) -> Result<()> {
+        let Some(weights) = bags.weights else {
+            return Ok(());
+        };
+        self.check_weighable()?;
+        match weights.iter().position(|w| w.is_nan()) {
+            None => Ok(()),
+            Some(i) => Err(Error::argument(format!("per_sample_weights[{i}]"), "a number", "NaN")),
+        }
+    }
+
+    /// Refuses features whose pooling has no use for weights.
+    pub(crate) fn check_weighable(&self) -> Result<()> {
+        let weighable = |f: &Feature| matches!(f.pooling, Pooling::Sum | Pooling::Mean);
+        match self.features.iter().position(|f| !weighable(f)) {
+            None => Ok(()),
+            Some(f) => {
+                let got = format!("pooling {} in feature {f}", self.features[f].pooling);
+                Err(Error::argument("per_sample_weights", "sum or mean pooling", got))
+            }
+        }
+    }
+
+    /// How many cache lines of rows each feature reads.
+    pub(crate) fn sizes(&self, bags: &Bags) -> Vec<Size> {
+        let size = |(f, feature): (usize, &Feature)| {
+            let ids = bags.feature_bounds(f).len();
+            let units = if self.pooled { bags.batch } else { ids };
+            let format = self.specs[feature.table].format;
+            let row_lines = format.row_bytes(self.dim(f)).div_ceil(64);
+            Size { units, lines: (ids + units) * row_lines }
+        };
+        self.features.iter().enumerate().map(size).collect()
+    }
+}
+
+/// One call.
+struct Lookup<'a> {
+    set: &'a TableSet,
+    bags: &'a Bags<'a>,
+    slots: Vec<Slot>,
+    out: Disjoint<'a, f32>,
+    argmax: Option<Disjoint<'a, f32>>,
+    /// Lowest position of an id that its table does not have.
+    bad: AtomicUsize,
+}
+
+impl Lookup<'_> {
+    fn run(self, ctx: &Context) -> Result<()> {
+        let sizes = self.set.sizes(self.bags);
+        let level = ctx.level;
+        self.set.inner.read(|inner| {
+            pieces::for_each(ctx, &sizes, |feature, units| {
+                let table = &inner.tables[self.set.features[feature].table];
+                with_rows!(table, |rows| with_ids!(self.bags.ids, |ids| {
+                    self.piece(level, rows, ids, feature, units);
+                }));
+            })
+        })?;
+        match self.bad.into_inner() {
+            usize::MAX => Ok(()),
+            position => Err(self.set.bad_id(self.bags, position)),
+        }
+    }
+
+    fn piece<R: Rows, I: Id>(&self, level: Level, rows: R, ids: &[I], feature: usize, units: Range<usize>) {
+        let Feature { table, pooling, padding } = self.set.features[feature];
+        let first = match pooling {
+            Pooling::None => self.bags.feature_bounds(feature).start,
+            _ => feature * self.bags.batch,
+        };
+        let kernel = Pool {
+            rows,
+            ids,
+            bags: self.bags,
+            pooling,
+            padding: padding.map_or(u64::MAX, |p| p as u64),
+            first,
+            units,
+            slot: self.slots[feature],
+            out: &self.out,
+            argmax: self.argmax.as_ref().filter(|_| pooling == Pooling::Max),
+        };
+        let positions = kernel.positions();
+        match first_bad(&ids[positions.clone()], self.set.specs[table].rows) {
+            None => level.run(kernel),
+            Some(bad) => {
+                self.bad.fetch_min(positions.start + bad, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// The place of the first id that is not below `rows`.
+pub(crate) fn first_bad<I: Id>(ids: &[I], rows: usize) -> Option<usize> {
+    // No early exit: this way the compiler compares many at a time.
+    let any = ids.iter().fold(false, |any, id| any | (id.row() >= rows as u64));
+    any.then(|| ids.iter().position(|id| id.row() >= rows as u64)).flatten()
+}

@@ -1,0 +1,257 @@
+//! Which ids of a call touch which row: for each table, its ids sorted by row.
+//!
+//! An occurrence is a number: the row in its high bits, the place in `indices` in its low ones. Sorted, the occurrences
+//! of a row are together and in the order of the call, so what is summed over them does not depend on who sorts.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::bags::{Bags, Id, with_ids};
+use crate::disjoint::Disjoint;
+use crate::lookup::first_bad;
+use crate::table_set::TableSet;
+use crate::{Context, Error, Result, pieces, threads};
+
+/// The occurrences of every table, sorted.
+pub(crate) struct Occurrences {
+    sorted: Vec<u64>,
+    /// Of each table, in `sorted`.
+    ranges: Vec<Range<usize>>,
+    /// Low bits that hold the place in `indices`.
+    place_bits: u32,
+}
+
+impl Occurrences {
+    /// Checks all ids, then sorts those of the tables that are `wanted`; padding ids are left out unless `padding`.
+    pub(crate) fn sorted(
+        set: &TableSet,
+        bags: &Bags,
+        wanted: &[bool],
+        padding: bool,
+        ctx: &Context,
+    ) -> Result<Self> {
+        check_ids(set, bags, ctx)?;
+        let place_bits = bits(bags.ids.len());
+        let room = |t: usize| if wanted[t] { ids_of(set, bags, t) } else { 0 };
+        let mut ranges = Vec::with_capacity(set.specs.len());
+        let mut end = 0;
+        for (t, spec) in set.specs.iter().enumerate() {
+            if bits(spec.rows) + place_bits > u64::BITS {
+                let expected =
+                    format!("fewer than 2^{} ids for {} rows", u64::BITS - bits(spec.rows), spec.rows);
+                return Err(Error::argument("indices", expected, bags.ids.len()));
+            }
+            ranges.push(end..end + room(t));
+            end += room(t);
+        }
+        let mut sorted = vec![0; end];
+        let mut spare = vec![0; end];
+        let lens: Vec<_> = ranges.iter().map(|_| AtomicUsize::new(0)).collect();
+        {
+            let (sorted, spare) = (Disjoint::new(&mut sorted), Disjoint::new(&mut spare));
+            threads::for_each(ctx, ranges.len(), end / 2, |t| {
+                #[expect(unsafe_code, reason = "tables are disjoint")]
+                // SAFETY: the ranges of different tables do not overlap, and each table comes once.
+                let (own, spare) =
+                    unsafe { (sorted.piece(ranges[t].clone()), spare.piece(ranges[t].clone())) };
+                if !own.is_empty() {
+                    let len = with_ids!(bags.ids, |ids| collect(set, bags, t, ids, padding, place_bits, own));
+                    sort(&mut own[..len], &mut spare[..len], place_bits, bits(set.specs[t].rows));
+                    lens[t].store(len, Ordering::Relaxed);
+                }
+            })?;
+        }
+        for (range, len) in ranges.iter_mut().zip(lens) {
+            range.end = range.start + len.into_inner();
+        }
+        Ok(Self { sorted, ranges, place_bits })
+    }
+
+    /// Those of a table.
+    pub(crate) fn of(&self, table: usize) -> Run<'_> {
+        Run { sorted: &self.sorted[self.ranges[table].clone()], place_bits: self.place_bits }
+    }
+}
+
+/// Some occurrences of one table.
+#[derive(Clone, Copy)]
+pub(crate) struct Run<'a> {
+    sorted: &'a [u64],
+    place_bits: u32,
+}
+
+impl<'a> Run<'a> {
+    #[inline(always)]
+    pub(crate) fn len(self) -> usize {
+        self.sorted.len()
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(self, k: usize) -> usize {
+        (self.sorted[k] >> self.place_bits) as usize
+    }
+
+    /// Where in `indices`.
+    #[inline(always)]
+    pub(crate) fn place(self, k: usize) -> usize {
+        (self.sorted[k] & ((1 << self.place_bits) - 1)) as usize
+    }
+
+    /// The end of the occurrences of the row that begins at `k`.
+    #[inline(always)]
+    pub(crate) fn row_end(self, k: usize) -> usize {
+        let row = self.row(k);
+        let mut end = k + 1;
+        while end < self.len() && self.row(end) == row {
+            end += 1;
+        }
+        end
+    }
+
+    /// The rows that begin in `range`, whole.
+    pub(crate) fn rows_in(self, range: Range<usize>) -> Run<'a> {
+        let whole = |k: usize| match k {
+            0 => 0,
+            k if k >= self.len() => self.len(),
+            k if self.row(k - 1) == self.row(k) => self.row_end(k),
+            k => k,
+        };
+        Run { sorted: &self.sorted[whole(range.start)..whole(range.end)], ..self }
+    }
+
+    /// Every row once, ascending.
+    pub(crate) fn rows(self) -> Vec<i64> {
+        let mut rows: Vec<_> = (0..self.len()).map(|k| self.row(k) as i64).collect();
+        rows.dedup();
+        rows
+    }
+}
+
+/// Bits of the numbers below `n`, at least 1.
+fn bits(n: usize) -> u32 {
+    usize::BITS - n.saturating_sub(1).max(1).leading_zeros()
+}
+
+/// Refuses an id that its table does not have, the first of them.
+pub(crate) fn check_ids(set: &TableSet, bags: &Bags, ctx: &Context) -> Result<()> {
+    let bad = AtomicUsize::new(usize::MAX);
+    let ids = |f: usize| bags.feature_bounds(f);
+    let sizes: Vec<_> = (0..set.features.len())
+        .map(|f| pieces::Size { units: ids(f).len(), lines: ids(f).len() / 8 })
+        .collect();
+    pieces::for_each(ctx, &sizes, |f, units| {
+        let start = ids(f).start;
+        let positions = start + units.start..start + units.end;
+        let rows = set.specs[set.features[f].table].rows;
+        let found = with_ids!(bags.ids, |ids| first_bad(&ids[positions.clone()], rows));
+        if let Some(found) = found {
+            bad.fetch_min(positions.start + found, Ordering::Relaxed);
+        }
+    })?;
+    match bad.into_inner() {
+        usize::MAX => Ok(()),
+        position => Err(set.bad_id(bags, position)),
+    }
+}
+
+/// Ids that look up a table.
+fn ids_of(set: &TableSet, bags: &Bags, table: usize) -> usize {
+    let features = set.features.iter().enumerate();
+    let lens = features.filter(|(_, feature)| feature.table == table);
+    lens.map(|(f, _)| bags.feature_bounds(f).len()).sum()
+}
+
+/// Writes the occurrences of a table, in the order of the call; returns how many.
+fn collect<I: Id>(
+    set: &TableSet,
+    bags: &Bags,
+    table: usize,
+    ids: &[I],
+    padding: bool,
+    place_bits: u32,
+    into: &mut [u64],
+) -> usize {
+    let mut len = 0;
+    for (f, feature) in set.features.iter().enumerate() {
+        if feature.table != table {
+            continue;
+        }
+        let skip = feature.padding.filter(|_| !padding).map_or(u64::MAX, |p| p as u64);
+        for place in bags.feature_bounds(f) {
+            let row = ids[place].row();
+            into[len] = row << place_bits | place as u64;
+            len += usize::from(row != skip);
+        }
+    }
+    len
+}
+
+/// Sorts by the `key_bits` bits above `shift`; stable. Radix sort, least significant digit first.
+fn sort(data: &mut [u64], spare: &mut [u64], shift: u32, key_bits: u32) {
+    const DIGIT: u32 = 11;
+    const SMALL: usize = 512;
+    if data.len() <= SMALL {
+        data.sort_unstable(); // the low bits are different, and ascending where the keys are equal
+        return;
+    }
+    let passes = key_bits.div_ceil(DIGIT);
+    let digit_bits = key_bits.div_ceil(passes);
+    let (mut from, mut to) = (data, spare);
+    for pass in 0..passes {
+        let shift = shift + pass * digit_bits;
+        let digit = |x: u64| (x >> shift) as usize & ((1 << digit_bits) - 1);
+        let mut next = [0_usize; 1 << DIGIT];
+        for &x in &*from {
+            next[digit(x)] += 1;
+        }
+        let mut end = 0;
+        for n in &mut next {
+            end += std::mem::replace(n, end);
+        }
+        for &x in &*from {
+            let place = &mut next[digit(x)];
+            to[*place] = x;
+            *place += 1;
+        }
+        (from, to) = (to, from);
+    }
+    if passes % 2 == 1 {
+        to.copy_from_slice(from);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn sort_agrees_with_the_standard_one(
+            rows in prop::collection::vec(0_u64..1 << 40, 0..3000),
+            rows_bits in 1_u32..41,
+        ) {
+            let mut data: Vec<u64> = (0_u64..).zip(&rows)
+                .map(|(i, row)| (row & ((1 << rows_bits) - 1)) << 13 | i)
+                .collect();
+            let mut expected = data.clone();
+            expected.sort_unstable();
+            let mut spare = vec![0; data.len()];
+            sort(&mut data, &mut spare, 13, rows_bits);
+            prop_assert_eq!(data, expected);
+        }
+    }
+
+    #[test]
+    fn bits_hold_every_number_below() {
+        assert_eq!([0, 1, 2, 3, 4, 5, 1 << 31].map(bits), [1, 1, 1, 2, 2, 3, 31]);
+    }
+
+    #[test]
+    fn pieces_of_a_run_hold_whole_rows() {
+        let sorted: Vec<u64> = [0, 0, 0, 1, 2, 2, 5].iter().map(|row| row << 3).collect();
+        let run = Run { sorted: &sorted, place_bits: 3 };
+        let rows: Vec<_> = [0..2, 2..4, 4..6, 6..7].map(|r| run.rows_in(r).rows()).into();
+        assert_eq!(rows, [vec![0], vec![1], vec![2], vec![5]]);
+    }
+}

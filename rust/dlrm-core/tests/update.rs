@@ -1,0 +1,349 @@
+//! Gradients and updates against float64, at every level and number of threads.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::{Arrays, Case, any_case, assert_close, bits, contexts, large_case, noise};
+use dlrm_core::optimizers::{Kind, Optimizer};
+use dlrm_core::{Context, Error, Gradient, Pooling, SparseRows, TableSet};
+use proptest::prelude::*;
+
+/// What comes from the model: a gradient of the output, and the argmax of a lookup.
+struct FromModel {
+    output: Vec<f32>,
+    argmax: Vec<i32>,
+    trainable: Vec<bool>,
+}
+
+fn from_model(case: &Case, set: &TableSet, arrays: &Arrays) -> FromModel {
+    let bags = case.call(arrays);
+    let len = set.output_len(&bags);
+    let mut argmax = vec![-7; len];
+    set.lookup(&bags, &mut vec![0.0; len], Some(&mut argmax), &Context::default()).unwrap();
+    let output = (0..len).map(|i| noise(case.seed ^ 3, i)).collect();
+    FromModel { output, argmax, trainable: vec![true; case.tables.len()] }
+}
+
+impl FromModel {
+    fn gradient(&self, scale_by_frequency: bool) -> Gradient<'_> {
+        Gradient {
+            output: &self.output,
+            argmax: Some(&self.argmax),
+            trainable: &self.trainable,
+            scale_by_frequency,
+        }
+    }
+}
+
+/// Row gradients of a table, by row.
+type Rows = BTreeMap<usize, Vec<f64>>;
+
+fn expected_gradient(case: &Case, arrays: &Arrays, from: &FromModel, by_frequency: bool) -> Vec<Rows> {
+    let mut tables = vec![Rows::new(); case.tables.len()];
+    let mut counts = vec![BTreeMap::<usize, f64>::new(); case.tables.len()];
+    let mut at = 0;
+    for (f, ids) in case.output_rows() {
+        let feature = case.features[f];
+        let dim = case.tables[feature.table].1;
+        for (place, id, factor) in case.terms(arrays, f, &ids) {
+            if Some(id) == feature.padding {
+                continue;
+            }
+            *counts[feature.table].entry(id).or_default() += 1.0;
+            let row = tables[feature.table].entry(id).or_insert_with(|| vec![0.0; dim]);
+            for (c, sum) in row.iter_mut().enumerate() {
+                let own = ids.iter().position(|&(p, _)| p == place).unwrap() as i32;
+                if feature.pooling != Pooling::Max || from.argmax[at + c] == own {
+                    *sum += factor * f64::from(from.output[at + c]);
+                }
+            }
+        }
+        at += dim;
+    }
+    if by_frequency {
+        for (rows, counts) in tables.iter_mut().zip(counts) {
+            for (row, sum) in rows {
+                for x in sum {
+                    *x /= counts[row];
+                }
+            }
+        }
+    }
+    tables
+}
+
+fn sparse(case: &Case, ctx: &Context, by_frequency: bool) -> Vec<SparseRows> {
+    let (set, arrays) = (case.set(ctx), case.arrays());
+    let from = from_model(case, &set, &arrays);
+    let gradient = set.sparse_gradient(&case.call(&arrays), &from.gradient(by_frequency), ctx).unwrap();
+    gradient.into_iter().map(Option::unwrap).collect()
+}
+
+fn check_gradient(case: &Case, by_frequency: bool) {
+    let ctx = &contexts()[0];
+    let (set, arrays) = (case.set(ctx), case.arrays());
+    let from = from_model(case, &set, &arrays);
+    let expected = expected_gradient(case, &arrays, &from, by_frequency);
+    let got = sparse(case, ctx, by_frequency);
+    for (got, expected) in got.iter().zip(&expected) {
+        let rows: Vec<_> = expected.keys().map(|&row| row as i64).collect();
+        assert_eq!(got.rows, rows);
+        assert_close(&got.values, &expected.values().flatten().copied().collect::<Vec<_>>(), 1e-5);
+    }
+    for ctx in &contexts()[1..] {
+        for (a, b) in got.iter().zip(sparse(case, ctx, by_frequency)) {
+            assert_eq!((&a.rows, bits(&a.values)), (&b.rows, bits(&b.values)));
+        }
+    }
+    check_dense(case, &set, &arrays, &from, by_frequency, &got);
+}
+
+/// The dense gradient is the sparse one, spread over zeros.
+fn check_dense(
+    case: &Case,
+    set: &TableSet,
+    arrays: &Arrays,
+    from: &FromModel,
+    by_frequency: bool,
+    sparse: &[SparseRows],
+) {
+    let mut dense: Vec<_> = case.tables.iter().map(|&(rows, dim)| vec![0.0; rows * dim]).collect();
+    let mut into: Vec<_> = dense.iter_mut().map(|d| Some(&mut d[..])).collect();
+    let gradient = from.gradient(by_frequency);
+    set.dense_gradient(&case.call(arrays), &gradient, &mut into, &Context::default()).unwrap();
+    for ((dense, sparse), &(rows, dim)) in dense.iter().zip(sparse).zip(&case.tables) {
+        let mut spread = vec![0.0; rows * dim];
+        for (&row, values) in sparse.rows.iter().zip(sparse.values.chunks(dim)) {
+            spread[row as usize * dim..][..dim].copy_from_slice(values);
+        }
+        assert_eq!(bits(dense), bits(&spread));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_gradient_is_right_and_has_the_same_bits_everywhere(case in any_case(), by_frequency: bool) {
+        check_gradient(&case, by_frequency);
+    }
+
+    #[test]
+    fn the_gradient_of_weights_is_right_and_has_the_same_bits_everywhere(mut case in any_case()) {
+        for feature in &mut case.features {
+            feature.pooling = if feature.table == 0 { Pooling::Sum } else { Pooling::Mean };
+        }
+        case.weighted = false;
+        let arrays = case.arrays();
+        let mut expected = vec![0.0; arrays.wide.len()];
+        let from = from_model(&case, &case.set(&Context::default()), &arrays);
+        let mut at = 0;
+        for (f, ids) in case.output_rows() {
+            let table = case.features[f].table;
+            let dim = case.tables[table].1;
+            for (place, id, factor) in case.terms(&arrays, f, &ids) {
+                let element = |c| f64::from(case.weight(table, id, c)) * f64::from(from.output[at + c]);
+                expected[place] = factor * (0..dim).map(element).sum::<f64>();
+            }
+            at += dim;
+        }
+        let mut first = None;
+        for ctx in contexts() {
+            let set = case.set(&ctx);
+            let mut got = vec![f32::NAN; arrays.wide.len()];
+            set.per_sample_weights_gradient(&case.call(&arrays), &from.output, &mut got, &ctx).unwrap();
+            assert_close(&got, &expected, 1e-5);
+            let bits = bits(&got);
+            prop_assert_eq!(first.get_or_insert_with(|| bits.clone()), &bits);
+        }
+    }
+}
+
+#[test]
+fn a_large_gradient_is_right_and_has_the_same_bits_everywhere() {
+    for pooling in Pooling::ALL {
+        check_gradient(&large_case(pooling), false);
+    }
+}
+
+const KINDS: [(Kind, &[f64]); 3] =
+    [(Kind::Sgd, &[0.1]), (Kind::Adagrad, &[0.1, 1e-10]), (Kind::RowWiseAdagrad, &[0.1, 1e-8])];
+
+/// Weights and state after `steps` updates with changing gradients.
+fn trained(case: &Case, kind: Kind, values: &[f64], steps: usize, ctx: &Context) -> Vec<Vec<f32>> {
+    let (set, arrays) = (case.set(ctx), case.arrays());
+    set.set_optimizer(kind, ctx).unwrap();
+    let mut from = from_model(case, &set, &arrays);
+    let optimizer = Optimizer::new(kind, values).unwrap();
+    for step in 0..steps {
+        for (i, g) in from.output.iter_mut().enumerate() {
+            *g = noise(step as u64, i);
+        }
+        set.update(&case.call(&arrays), &from.gradient(false), &optimizer, ctx).unwrap();
+    }
+    (0..case.tables.len())
+        .flat_map(|t| [set.write(t, |w| w.to_vec()), set.write_state(t, |s| s.to_vec())])
+        .collect()
+}
+
+/// The same in float64, by the formulas.
+fn expected_trained(case: &Case, kind: Kind, values: &[f64], steps: usize) -> Vec<Vec<f64>> {
+    let arrays = case.arrays();
+    let set = case.set(&Context::default());
+    let mut from = from_model(case, &set, &arrays);
+    let (lr, eps) = (values[0], values.get(1).copied().unwrap_or_default());
+    let weights = |t: usize, rows, dim| {
+        (0..rows * dim).map(|i| f64::from(case.weight(t, i / dim, i % dim))).collect::<Vec<_>>()
+    };
+    let mut tables: Vec<_> = case
+        .tables
+        .iter()
+        .enumerate()
+        .map(|(t, &(rows, dim))| (weights(t, rows, dim), vec![0.0; rows * kind.state_len(dim)]))
+        .collect();
+    for step in 0..steps {
+        for (i, g) in from.output.iter_mut().enumerate() {
+            *g = noise(step as u64, i);
+        }
+        for (t, rows) in expected_gradient(case, &arrays, &from, false).into_iter().enumerate() {
+            let (weights, state) = &mut tables[t];
+            for (row, gradient) in rows {
+                let dim = gradient.len();
+                let mean = gradient.iter().map(|g| g * g).sum::<f64>() / dim as f64;
+                if kind == Kind::RowWiseAdagrad {
+                    state[row] += mean;
+                }
+                for (c, g) in gradient.iter().enumerate() {
+                    let i = row * dim + c;
+                    weights[i] -= match kind {
+                        Kind::Adagrad => {
+                            state[i] += g * g;
+                            lr * g / (state[i].sqrt() + eps)
+                        }
+                        Kind::RowWiseAdagrad => lr * g / (state[row].sqrt() + eps),
+                        _ => lr * g,
+                    };
+                }
+            }
+        }
+    }
+    tables.into_iter().flat_map(|(weights, state)| [weights, state]).collect()
+}
+
+#[test]
+fn fifty_fused_steps_follow_the_formulas() {
+    for (kind, values) in KINDS {
+        for pooling in [Pooling::Sum, Pooling::Mean, Pooling::None] {
+            let mut case = large_case(pooling);
+            case.batch = 20;
+            case.bags = (0..80).map(|i| (0..i % 9).map(|k| i64::from(i * k % 3)).collect()).collect();
+            let got = trained(&case, kind, values, 50, &Context::default());
+            for (got, expected) in got.iter().zip(expected_trained(&case, kind, values, 50)) {
+                assert_close(got, &expected, 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn twenty_fused_steps_have_the_same_bits_everywhere() {
+    for (kind, values) in KINDS {
+        let case = large_case(Pooling::Mean);
+        let bits_of =
+            |ctx: &Context| trained(&case, kind, values, 20, ctx).iter().map(|x| bits(x)).collect::<Vec<_>>();
+        let first = bits_of(&contexts()[0]);
+        for ctx in &contexts()[1..] {
+            assert!(first == bits_of(ctx), "{kind} at {:?} on {} threads", ctx.level, ctx.threads);
+        }
+    }
+}
+
+#[test]
+fn a_refused_update_changes_nothing() {
+    let case = large_case(Pooling::Sum);
+    let ctx = Context { threads: 3, ..Context::default() };
+    let set = case.set(&ctx);
+    set.set_optimizer(Kind::Adagrad, &ctx).unwrap();
+    let mut arrays = case.arrays();
+    let from = from_model(&case, &set, &arrays);
+    let optimizer = Optimizer::new(Kind::Adagrad, &[0.1, 1e-10]).unwrap();
+    let all =
+        || (0..3).map(|t| (bits(&set.write(t, |w| w.to_vec())), bits(&set.write_state(t, |s| s.to_vec()))));
+    let before: Vec<_> = all().collect();
+    let last = arrays.wide.len() - 1;
+    let good = std::mem::replace(&mut arrays.wide[last], 5000);
+    let refused = set.update(&case.call(&arrays), &from.gradient(false), &optimizer, &ctx);
+    assert!(matches!(refused, Err(Error::Id { position, .. }) if position == last), "{refused:?}");
+    arrays.wide[last] = good;
+
+    let short = Gradient { output: &from.output[1..], ..from.gradient(false) };
+    assert!(set.update(&case.call(&arrays), &short, &optimizer, &ctx).is_err());
+    let other = Optimizer::new(Kind::Sgd, &[0.1]).unwrap();
+    assert!(set.update(&case.call(&arrays), &from.gradient(false), &other, &ctx).is_err());
+    let ended = Context { poll: &|| true, ..ctx };
+    let interrupted = set.update(&case.call(&arrays), &from.gradient(false), &optimizer, &ended);
+    assert_eq!(interrupted, Err(Error::Interrupted));
+    assert!(before == all().collect::<Vec<_>>());
+
+    set.update(&case.call(&arrays), &from.gradient(false), &optimizer, &ctx).unwrap();
+    assert!(before != all().collect::<Vec<_>>());
+}
+
+#[test]
+fn a_table_that_is_not_trainable_stays() {
+    let case = large_case(Pooling::Sum);
+    let ctx = Context::default();
+    let (set, arrays) = (case.set(&ctx), case.arrays());
+    set.set_optimizer(Kind::Sgd, &ctx).unwrap();
+    let mut from = from_model(&case, &set, &arrays);
+    from.trainable = vec![true, false, true];
+    let before: Vec<_> = (0..3).map(|t| set.write(t, |w| w.to_vec())).collect();
+    let optimizer = Optimizer::new(Kind::Sgd, &[0.1]).unwrap();
+    set.update(&case.call(&arrays), &from.gradient(false), &optimizer, &ctx).unwrap();
+    let same: Vec<_> = (0..3).map(|t| set.write(t, |w| bits(w)) == bits(&before[t])).collect();
+    assert_eq!(same, [false, true, false]);
+}
+
+#[test]
+fn hyperparameters_are_checked() {
+    for (values, words) in
+        [(&[-0.1, 1e-8][..], "lr"), (&[0.1, 0.0], "eps"), (&[f64::NAN, 1e-8], "lr"), (&[0.1], "hyper")]
+    {
+        let message = Optimizer::new(Kind::Adagrad, values).unwrap_err().to_string();
+        assert!(message.starts_with(words), "{message}");
+    }
+}
+
+#[test]
+fn renorm_scales_long_rows_down_and_leaves_the_others() {
+    for norm_type in [1.0, 2.0, 3.5, f64::INFINITY] {
+        let case = large_case(Pooling::None);
+        let mut first = None;
+        for ctx in contexts() {
+            let (set, arrays) = (case.set(&ctx), case.arrays());
+            set.renorm(&case.call(&arrays), 1.5, norm_type, &ctx).unwrap();
+            let after: Vec<_> = (0..3).map(|t| bits(&set.write(t, |w| w.to_vec()))).collect();
+            assert!(first.get_or_insert_with(|| after.clone()) == &after);
+        }
+        let named: Vec<_> =
+            case.output_rows().into_iter().map(|(f, ids)| (case.features[f].table, ids[0].1)).collect();
+        for (t, table) in first.unwrap().iter().enumerate() {
+            let dim = case.tables[t].1;
+            for (row, got) in table.chunks(dim).enumerate() {
+                let before: Vec<_> = (0..dim).map(|c| f64::from(case.weight(t, row, c))).collect();
+                let sizes = before.iter().map(|x| x.abs());
+                let norm = if norm_type.is_infinite() {
+                    sizes.fold(0.0, f64::max)
+                } else {
+                    sizes.map(|x| x.powf(norm_type)).sum::<f64>().powf(1.0 / norm_type)
+                };
+                let long = norm > 1.5 && named.contains(&(t, row));
+                let factor = if long { 1.5 / (norm + 1e-7) } else { 1.0 };
+                let expected: Vec<_> = before.iter().map(|x| x * factor).collect();
+                let got: Vec<_> = got.iter().map(|&b| f32::from_bits(b)).collect();
+                assert_close(&got, &expected, 1e-5);
+            }
+        }
+    }
+}
