@@ -1,0 +1,153 @@
+"""The Rust engine behind `dlrm_rs`: private, typed by hand, checked against the built module by `mypy.stubtest`.
+
+Letters: `F` features, `T` tables, `B` batch, `L` ids in a call, `N` rows and `D` dim of a table, `W` the sum of the
+features' `D`. Every array is a C-contiguous NumPy array; nothing is converted or copied silently.
+
+Ids are feature-major: bag `b` of feature `f` is `indices[offsets[f * B + b] : offsets[f * B + b + 1]]`. `offsets` has
+`F * B` or `F * B + 1` elements; with `offsets=None` every bag has `L / (F * B)` ids.
+
+Errors, the same for every method: `IndexError` (an id outside its table), `ValueError` (shapes, offsets, options, NaN),
+`TypeError` (dtypes), `MemoryError` (memory that cannot be had), `KeyboardInterrupt` (Ctrl-C). When one is raised, no
+table and no optimizer state has changed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+_Ids: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
+_F32: TypeAlias = NDArray[np.float32]
+
+@final
+class TableSet:
+    """Embedding tables, their optimizer state, and the features that look them up: a handle made once."""
+
+    def __new__(
+        cls,
+        tables: Sequence[tuple[str, int, int, str]],
+        features: Sequence[tuple[int, str, int | None]],
+    ) -> TableSet:
+        """Allocate zeroed tables.
+
+        Args:
+            tables: `(name, num_embeddings, embedding_dim, row format)` of each table; the row format is `"fp32"`.
+            features: `(table, pooling, padding_idx)` of each feature; pooling is `"sum"`, `"mean"`, `"max"` or
+                `"none"` (one output row per id), the same kind of output for all: pooled or not.
+        """
+
+    def weight(self, table: int) -> _F32:
+        """The rows of a table, `(N, D)`: a writable view that keeps the memory alive."""
+
+    def set_optimizer(self, name: str) -> None:
+        """Choose the fused optimizer, `"sgd"`, `"adagrad"` or `"rowwise_adagrad"`, and allocate its zeroed state."""
+
+    def optimizer_state(self, table: int) -> dict[str, _F32]:
+        """The state of the fused optimizer: writable views, by torch's names.
+
+        `{"sum": (N, D)}` for adagrad, `{"sum": (N,)}` for rowwise_adagrad, `{}` for sgd.
+        """
+
+    def lookup(
+        self,
+        indices: _Ids,
+        offsets: _Ids | None,
+        batch_size: int,
+        per_sample_weights: _F32 | None,
+        out: _F32,
+        argmax: NDArray[np.int32] | None,
+    ) -> None:
+        """Look up and pool every feature.
+
+        Args:
+            indices: `(L,)`.
+            offsets: `(F * B,)`, `(F * B + 1,)` or `None`.
+            batch_size: `B`.
+            per_sample_weights: `(L,)` or `None`; refused for max and none, and when it holds a NaN.
+            out: `(B, W)`, features side by side in their order; for pooling none flat: feature after feature
+                `(ids of the feature, D)`, so `(L, D)` when all dims are equal. Every element is written.
+            argmax: `(B, W)` or `None`: for max pooling, the place within the bag of the id whose element was largest
+                (the first of equals), -1 where the bag is empty; columns of features pooled otherwise are not written.
+        """
+
+    def renorm(
+        self, indices: _Ids, offsets: _Ids | None, batch_size: int, max_norm: float, norm_type: float
+    ) -> None:
+        """Scale every row that `indices` name and whose `norm_type`-norm exceeds `max_norm` down to it.
+
+        As `torch.embedding_renorm_`: the factor is `max_norm / (norm + 1e-7)`.
+        """
+
+    def update(
+        self,
+        indices: _Ids,
+        offsets: _Ids | None,
+        batch_size: int,
+        per_sample_weights: _F32 | None,
+        argmax: NDArray[np.int32] | None,
+        grad: _F32,
+        trainable: Sequence[bool],
+        scale_grad_by_freq: bool,
+        hyperparameters: Mapping[str, Any],
+    ) -> None:
+        """Sum the gradients of every touched row, then run the fused optimizer once on the row.
+
+        Args:
+            grad: gradient of `lookup`'s `out`, of the same shape.
+            argmax: what `lookup` wrote; needed when a feature pools by max.
+            trainable: `(T,)`; a table whose flag is false stays as it is.
+            scale_grad_by_freq: divide the gradient of a row by the number of its occurrences in the call.
+            hyperparameters: a `torch.optim` parameter group; `"lr"` is read, and `"eps"` for the Adagrads.
+        """
+
+    def dense_gradient(
+        self,
+        indices: _Ids,
+        offsets: _Ids | None,
+        batch_size: int,
+        per_sample_weights: _F32 | None,
+        argmax: NDArray[np.int32] | None,
+        grad: _F32,
+        trainable: Sequence[bool],
+        scale_grad_by_freq: bool,
+    ) -> list[_F32 | None]:
+        """The gradient of every table as an `(N, D)` array; `None` for a table that is not trainable."""
+
+    def sparse_gradient(
+        self,
+        indices: _Ids,
+        offsets: _Ids | None,
+        batch_size: int,
+        per_sample_weights: _F32 | None,
+        argmax: NDArray[np.int32] | None,
+        grad: _F32,
+        trainable: Sequence[bool],
+        scale_grad_by_freq: bool,
+    ) -> list[tuple[NDArray[np.int64], _F32] | None]:
+        """The gradient of every table as its touched rows, ascending and unique `(U,)`, and their sums `(U, D)`."""
+
+    def per_sample_weights_gradient(
+        self, indices: _Ids, offsets: _Ids | None, batch_size: int, grad: _F32
+    ) -> _F32:
+        """The gradient of `per_sample_weights`, `(L,)`: the dot product of an id's row and its bag's gradient.
+
+        Divided by the ids of the bag for mean pooling; zero for the padding id.
+        """
+
+    def memory_report(self) -> list[dict[str, int]]:
+        """Bytes of every table: `"payload"` (the rows), `"state"` (of the optimizer), `"overhead"` (the rest mapped)."""
+
+def info() -> dict[str, Any]:
+    """What the engine runs on: `"version"`, `"simd"`, `"simd_available"`, `"num_threads"`."""
+
+def get_num_threads() -> int:
+    """Threads that a large call uses."""
+
+def set_num_threads(n: int) -> None:
+    """Use `n` threads for large calls from now on; `ValueError` unless `1 <= n <= 1024`."""
+
+def set_simd(level: str) -> None:
+    """Use this level from now on, one of `info()["simd_available"]`; every level gives the same bits."""
