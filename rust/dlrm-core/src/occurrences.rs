@@ -113,8 +113,11 @@ impl<'a> Run<'a> {
         let whole = |k: usize| match k {
             0 => 0,
             k if k >= self.len() => self.len(),
-            k if self.row(k - 1) == self.row(k) => self.row_end(k),
-            k => k,
+            // A search and not a walk: a row may have most of the occurrences.
+            k => {
+                k + self.sorted[k..]
+                    .partition_point(|&o| o >> self.place_bits == self.sorted[k - 1] >> self.place_bits)
+            }
         };
         Run { sorted: &self.sorted[whole(range.start)..whole(range.end)], ..self }
     }

@@ -30,12 +30,13 @@ struct Signals {
 }
 
 impl Signals {
-    /// Whether a signal handler raised; Python runs them only when asked, and only on the main thread.
+    /// Whether a signal handler raised; Python runs them only when asked, and only on the main thread. A Python that is
+    /// shutting down is not asked.
     fn raised(&self) -> bool {
         if self.looked.get().elapsed() < PERIOD {
             return false;
         }
-        let raised = Python::attach(Python::check_signals).err();
+        let raised = Python::try_attach(|py| py.check_signals().err()).flatten();
         self.looked.set(Instant::now());
         let any = raised.is_some();
         *self.raised.borrow_mut() = raised;
