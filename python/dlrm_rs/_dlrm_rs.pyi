@@ -7,8 +7,11 @@ Ids are feature-major: bag `b` of feature `f` is `indices[offsets[f * B + b] : o
 `F * B` or `F * B + 1` elements; with `offsets=None` every bag has `L / (F * B)` ids.
 
 Errors, the same for every method: `IndexError` (an id outside its table), `ValueError` (shapes, offsets, options, NaN),
-`TypeError` (dtypes), `MemoryError` (memory that cannot be had), `KeyboardInterrupt` (Ctrl-C). When one is raised, no
-table and no optimizer state has changed.
+`TypeError` (dtypes), `MemoryError` (memory that cannot be had), `OSError` (threads that cannot be started). When one is
+raised, no table and no optimizer state has changed.
+
+Ctrl-C ends a long call with what Python's signal handler raises, usually `KeyboardInterrupt`, and leaves the tables as
+they were; an update that has begun to write is finished first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +19,8 @@ from typing import Any, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
+
+__all__ = ["TableSet", "__version__", "get_num_threads", "info", "set_num_threads", "set_simd"]
 
 __version__: str
 
@@ -73,9 +78,7 @@ class TableSet:
                 (the first of equals), -1 where the bag is empty; columns of features pooled otherwise are not written.
         """
 
-    def renorm(
-        self, indices: _Ids, offsets: _Ids | None, batch_size: int, max_norm: float, norm_type: float
-    ) -> None:
+    def renorm(self, indices: _Ids, offsets: _Ids | None, batch_size: int, max_norm: float, norm_type: float) -> None:
         """Scale every row that `indices` name and whose `norm_type`-norm exceeds `max_norm` down to it.
 
         As `torch.embedding_renorm_`: the factor is `max_norm / (norm + 1e-7)`.
@@ -96,11 +99,16 @@ class TableSet:
         """Sum the gradients of every touched row, then run the fused optimizer once on the row.
 
         Args:
+            indices: as for `lookup`.
+            offsets: as for `lookup`.
+            batch_size: as for `lookup`.
+            per_sample_weights: as for `lookup`.
             grad: gradient of `lookup`'s `out`, of the same shape.
             argmax: what `lookup` wrote; needed when a feature pools by max.
             trainable: `(T,)`; a table whose flag is false stays as it is.
             scale_grad_by_freq: divide the gradient of a row by the number of its occurrences in the call.
-            hyperparameters: a `torch.optim` parameter group; `"lr"` is read, and `"eps"` for the Adagrads.
+            hyperparameters: a `torch.optim` parameter group; `"lr"` is read (finite, at least 0), and for the Adagrads
+                `"eps"` (above 0, else an element that never had a gradient would become NaN).
         """
 
     def dense_gradient(
@@ -129,9 +137,7 @@ class TableSet:
     ) -> list[tuple[NDArray[np.int64], _F32] | None]:
         """The gradient of every table as its touched rows, ascending and unique `(U,)`, and their sums `(U, D)`."""
 
-    def per_sample_weights_gradient(
-        self, indices: _Ids, offsets: _Ids | None, batch_size: int, grad: _F32
-    ) -> _F32:
+    def per_sample_weights_gradient(self, indices: _Ids, offsets: _Ids | None, batch_size: int, grad: _F32) -> _F32:
         """The gradient of `per_sample_weights`, `(L,)`: the dot product of an id's row and its bag's gradient.
 
         Divided by the ids of the bag for mean pooling; zero for the padding id.

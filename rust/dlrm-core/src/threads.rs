@@ -38,7 +38,7 @@ pub fn get() -> Result<usize> {
 }
 
 /// Uses `n` threads for large calls from now on.
-pub fn set(n: usize) -> Result<()> {
+pub fn set(n: i64) -> Result<()> {
     CHOSEN.store(check(n, "n", n)?, Ordering::Relaxed);
     Ok(())
 }
@@ -53,9 +53,9 @@ fn from_environment() -> Result<usize> {
     }
 }
 
-fn check(n: usize, argument: &str, got: impl std::fmt::Display) -> Result<usize> {
-    if (1..=MAX).contains(&n) {
-        Ok(n)
+fn check(n: i64, argument: &str, got: impl std::fmt::Display) -> Result<usize> {
+    if (1..=MAX as i64).contains(&n) {
+        Ok(n as usize)
     } else {
         let expected = format_args!("a number of threads from 1 to {MAX}");
         Err(Error::argument(argument, expected, got))
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn a_number_of_threads_is_checked() {
-        for n in [0, MAX + 1] {
+        for n in [-1, 0, MAX as i64 + 1] {
             assert!(set(n).unwrap_err().to_string().contains("from 1 to 1024"));
         }
     }

@@ -22,7 +22,7 @@ pub(crate) fn get_num_threads() -> PyResult<usize> {
 }
 
 #[pyfunction]
-pub(crate) fn set_num_threads(n: usize) -> PyResult<()> {
+pub(crate) fn set_num_threads(n: i64) -> PyResult<()> {
     Ok(threads::set(n).map_err(BindingError)?)
 }
 

@@ -7,7 +7,7 @@ use dlrm_core::optimizers::{Kind, Optimizer};
 use dlrm_core::{Feature, Gradient, TableSpec};
 use numpy::ndarray::{ArrayView, Dimension, IntoDimension};
 use numpy::{PyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArrayDyn};
-use pyo3::exceptions::{PyIndexError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping};
 
@@ -125,7 +125,7 @@ impl TableSet {
         let gradient = gradient.gradient()?;
         let kind =
             self.0.optimizer().ok_or_else(|| PyValueError::new_err("update: call set_optimizer first"))?;
-        let values = kind.hyperparameters().iter().map(|name| hyperparameters.get_item(name)?.extract());
+        let values = kind.hyperparameters().iter().map(|name| hyperparameter(hyperparameters, name));
         let values = values.collect::<PyResult<Vec<f64>>>()?;
         let optimizer = Optimizer::new(kind, &values).map_err(BindingError)?;
         call(py, |ctx| self.0.update(&bags, &gradient, &optimizer, ctx))
@@ -257,6 +257,15 @@ impl<'py> GradientArrays<'py> {
             scale_by_frequency: self.scale_by_frequency,
         })
     }
+}
+
+fn hyperparameter(group: &Bound<'_, PyMapping>, name: &str) -> PyResult<f64> {
+    let value = group.get_item(name);
+    let number = value.as_ref().ok().and_then(|value| value.extract().ok());
+    number.ok_or_else(|| {
+        let got = value.map_or("nothing".to_owned(), |value| value.to_string());
+        PyTypeError::new_err(format!("{name}: expected a number in the parameter group, got {got}"))
+    })
 }
 
 /// NumPy's own, which raises where the memory cannot be had.
