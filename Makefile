@@ -1,0 +1,70 @@
+# Everything a person runs. `make help` lists it.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WHEELS := target/wheels
+SOURCES := $(shell find rust python -name '*.rs' -o -name '*.py' -o -name '*.pyi' -o -name '*.toml') \
+	Cargo.toml Cargo.lock pyproject.toml README.md
+TORCH_VERSIONS ?= 2.6.0 newest
+
+.DEFAULT_GOAL := help
+.PHONY: help wheel demo test test-rust test-python test-torch test-neon lint format clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+demo: $(VENV)/.installed ## Train a DLRM on real flights with torch's tables and with ours, and compare
+	$(BIN)/dlrm-rs demo
+
+wheel: $(WHEELS)/.built ## Build the wheel into target/wheels
+
+test: test-rust test-python ## Run every test: cargo, then pytest on the installed wheel
+
+test-rust: | cargo
+	cargo test --package dlrm-core
+
+test-python: $(VENV)/.installed
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --doctest-modules --pyargs dlrm_rs
+
+test-torch: $(WHEELS)/.built ## Run pytest on the one wheel under torch 2.6.0 and the newest
+	set -e; for version in $(TORCH_VERSIONS); do tests/run_with_torch.sh $$version $(WHEELS)/*.whl; done
+
+test-neon: ## Run the engine's tests for aarch64 under emulation (installs Debian packages; needs root)
+	rust/test_neon.sh
+
+lint: $(VENV)/.installed | cargo ## Check formatting, lints, types and the stub
+	cargo fmt --check
+	cargo clippy --workspace --all-targets -- --deny warnings
+	$(BIN)/ruff format --check python tests
+	$(BIN)/ruff check python tests
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest dlrm_rs._dlrm_rs
+
+format: $(VENV)/.installed | cargo ## Format all code
+	cargo fmt
+	$(BIN)/ruff format python tests
+	$(BIN)/ruff check --fix python tests
+
+clean: ## Remove what was built
+	rm -rf target $(VENV) .venv-torch-*
+
+.PHONY: cargo
+cargo:
+	@command -v cargo >/dev/null || { echo "dlrm_rs is built by Rust 1.89 or newer: install it with rustup"; exit 1; }
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "maturin>=1.14,<2"
+	touch $@
+
+$(WHEELS)/.built: $(SOURCES) $(VENV)/.made | cargo
+	rm -rf $(WHEELS)
+	$(BIN)/maturin build --release --locked --out $(WHEELS)
+	touch $@
+
+$(VENV)/.installed: $(WHEELS)/.built
+	$(BIN)/pip install --quiet --group test --group lint "$$(ls $(WHEELS)/*.whl)[demo]"
+	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
+	touch $@
