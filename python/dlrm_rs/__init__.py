@@ -1,0 +1,36 @@
+"""Embedding tables for PyTorch recommenders: stored, looked up and trained on all cores by Rust.
+
+    import dlrm_rs
+
+    model = dlrm_rs.replace_embeddings(model)  # every nn.EmbeddingBag and nn.Embedding of a model
+
+or many tables in one call, trained inside backward:
+
+    tables = [dlrm_rs.EmbeddingBagConfig("product", 1_000_000, 64, ["clicked", "bought"])]
+    collection = dlrm_rs.EmbeddingBagCollection(tables, optimizer=dlrm_rs.optim.RowWiseAdagrad(lr=0.01))
+"""
+
+from dlrm_rs import optim
+from dlrm_rs._dlrm_rs import __version__, get_num_threads, info, set_num_threads
+from dlrm_rs.collection import EmbeddingBagCollection, EmbeddingBagConfig
+from dlrm_rs.embedding import Embedding
+from dlrm_rs.embedding_bag import EmbeddingBag
+from dlrm_rs.jagged import KeyedJaggedTensor, KeyedTensor
+from dlrm_rs.model import DLRM
+from dlrm_rs.replace import replace_embeddings
+
+__all__ = [
+    "DLRM",
+    "Embedding",
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "EmbeddingBagConfig",
+    "KeyedJaggedTensor",
+    "KeyedTensor",
+    "__version__",
+    "get_num_threads",
+    "info",
+    "optim",
+    "replace_embeddings",
+    "set_num_threads",
+]

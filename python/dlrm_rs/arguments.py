@@ -1,0 +1,189 @@
+"""What may be passed to a module: the checks, and the words when something else comes.
+
+Owns the checks of types, devices, dtypes and options, which cost no look at the data. The contents of ids, offsets and
+weights are checked by the engine, where they are used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_device",
+    "check_no_nan",
+    "check_padding_idx",
+    "check_pooling",
+    "check_size",
+    "check_table_weight",
+    "float_tensor",
+    "index_tensor",
+    "row_format",
+]
+
+# Row formats the engine stores, and the torch dtype of the formats that torch has one for.
+ROW_FORMATS = {"fp32": torch.float32}
+POOLINGS = ("sum", "mean", "max")
+
+
+def index_tensor(name: str, tensor: Tensor) -> Tensor:
+    """Ids or offsets as the engine takes them: a contiguous int32 or int64 tensor on the CPU.
+
+    Args:
+        name: The argument's name, for messages.
+        tensor: Any shape; a contiguous tensor comes back as it is.
+
+    Raises:
+        TypeError: Not a tensor, or not int32 or int64.
+        ValueError: Not dense, or not on the CPU.
+    """
+    _check_cpu_tensor(name, tensor)
+    if tensor.dtype is not torch.int64 and tensor.dtype is not torch.int32:
+        raise TypeError(f"{name}: expected dtype torch.int64 or torch.int32, got {tensor.dtype}; use {name}.long()")
+    return tensor.contiguous()
+
+
+def float_tensor(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Weights of ids as the engine takes them: a contiguous float32 tensor on the CPU.
+
+    Args:
+        name: The argument's name, for messages.
+        tensor: As many elements as there are ids.
+        shape: The shape of the ids.
+
+    Raises:
+        TypeError: Not a tensor, or not float32.
+        ValueError: Not dense, not on the CPU, or not of `shape`.
+    """
+    _check_cpu_tensor(name, tensor)
+    if tensor.dtype is not torch.float32:
+        raise TypeError(f"{name}: expected dtype torch.float32, got {tensor.dtype}; use {name}.float()")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, that of the ids, got {tuple(tensor.shape)}")
+    return tensor.contiguous()
+
+
+def _check_cpu_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_cpu:
+        raise ValueError(
+            f"{name}: expected a tensor on the CPU, where the tables are, got device {tensor.device}; use {name}.cpu()"
+        )
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def check_table_weight(name: str, weight: Tensor, shape: tuple[int, int]) -> None:
+    """Refuse a tensor that cannot become the rows of a table.
+
+    Args:
+        name: What the tensor is, for messages.
+        weight: The tensor.
+        shape: `(N, D)` of the table.
+
+    Raises:
+        TypeError: Not a tensor, or not float32.
+        ValueError: Not dense, not on the CPU, or not of `shape`.
+    """
+    _check_cpu_tensor(name, weight)
+    if weight.dtype is not torch.float32:
+        raise TypeError(f"{name}: expected dtype torch.float32, got {weight.dtype}; use .float()")
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, (num_embeddings, embedding_dim), got {tuple(weight.shape)}")
+
+
+def check_no_nan(name: str, weight: Tensor) -> None:
+    """Refuse rows that hold a NaN.
+
+    Raises:
+        ValueError: There is one; the message says where the first is.
+    """
+    # A NaN survives a sum, so the usual case takes no memory; infinities of both signs make one too, hence the look.
+    if torch.isnan(weight.detach().sum()):
+        places = torch.isnan(weight.detach()).nonzero()
+        if len(places):
+            row, column = places[0].tolist()
+            raise ValueError(f"{name}: expected numbers, got NaN at row {row}, column {column} ({len(places)} in all)")
+
+
+def check_size(name: str, size: int) -> None:
+    """Refuse a number of rows or columns that is none.
+
+    Args:
+        name: What it counts, for messages.
+        size: The number.
+
+    Raises:
+        TypeError: Not an integer.
+        ValueError: Negative, or beyond 64 bits.
+    """
+    if not isinstance(size, int):
+        raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
+    if not 0 <= size < 2**63:
+        raise ValueError(f"{name}: expected a number from 0 to 2^63 - 1, got {size}")
+
+
+def check_device(device: torch.device | str | int | None) -> None:
+    """Refuse a device that is not the CPU.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(
+            f"device: expected None or 'cpu', as the tables live in the memory of the host, got {str(device)!r}"
+        )
+
+
+def row_format(name: str, dtype: object) -> str:
+    """The engine's name of a row format.
+
+    Args:
+        name: The argument's name, for messages.
+        dtype: None for fp32, a torch dtype, a name, or an enum member whose value is a name, in any case.
+
+    Raises:
+        TypeError: There is no such row format.
+    """
+    wanted = getattr(dtype, "value", dtype)
+    for row_format, torch_dtype in ROW_FORMATS.items():
+        if wanted is None or wanted is torch_dtype or (isinstance(wanted, str) and wanted.lower() == row_format):
+            return row_format
+    available = ", ".join(f"{row_format!r} or {torch_dtype}" for row_format, torch_dtype in ROW_FORMATS.items())
+    raise TypeError(f"{name}: expected {available}, got {dtype!r}")
+
+
+def check_pooling(name: str, pooling: object) -> str:
+    """The engine's name of a pooling.
+
+    Args:
+        name: The argument's name, for messages.
+        pooling: A name, or an enum member whose value is a name, in any case.
+
+    Raises:
+        ValueError: There is no such pooling.
+    """
+    wanted = str(getattr(pooling, "value", pooling)).lower()
+    if wanted not in POOLINGS:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, POOLINGS))}, got {pooling!r}")
+    return wanted
+
+
+def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int | None:
+    """The row that pads, counted from the front.
+
+    Args:
+        padding_idx: A row; negative counts from the back.
+        num_embeddings: `N`.
+
+    Raises:
+        ValueError: It is not a row of the table.
+    """
+    if padding_idx is None:
+        return None
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(
+            f"padding_idx: expected a row of the table, {-num_embeddings} to {num_embeddings - 1}, got {padding_idx}"
+        )
+    return padding_idx % num_embeddings

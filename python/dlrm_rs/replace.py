@@ -1,0 +1,137 @@
+"""`replace_embeddings`: the one-line swap of a model's embeddings for the engine's.
+
+A module is not exchanged for another but changes its class in place: whoever holds it, its hooks, its training flag and
+its place in the model stay as they are. The same holds for its Parameter, whose data moves into the engine's memory, so
+an optimizer that was made over `model.parameters()` goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_rs.arguments import check_table_weight, row_format
+from dlrm_rs.embedding import Embedding
+from dlrm_rs.embedding_bag import EmbeddingBag
+from dlrm_rs.optim import OptimizerSpec
+from dlrm_rs.owner import OwnsTables, single_table
+
+__all__ = ["replace_embeddings"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_REPLACEMENTS: dict[type[nn.Module], type[EmbeddingBag | Embedding]] = {
+    nn.EmbeddingBag: EmbeddingBag,
+    nn.Embedding: Embedding,
+}
+
+
+def replace_embeddings(
+    model: ModuleT, *, dtype: torch.dtype | str | None = None, optimizer: OptimizerSpec | None = None
+) -> ModuleT:
+    """Put every `nn.EmbeddingBag` and `nn.Embedding` of a model into the engine.
+
+    Weights, `state_dict()` and its keys, hooks, `requires_grad`, shared modules and the training flag stay. So do the
+    Parameters, as objects: an optimizer made before goes on working (with `optimizer` it finds no gradients to apply),
+    and a Linear tied to an embedding's weight stays tied. Embeddings that are the engine's already are left as they
+    are.
+
+    Args:
+        model: Any module, an embedding itself included. It is changed, and returned.
+        dtype: How a row is stored: None, `torch.float32` or "fp32".
+        optimizer: One of `dlrm_rs.optim`, for every embedding: backward then updates the rows itself. None leaves the
+            update to torch's optimizers.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: A weight that is not float32, or a subclass of torch's embeddings, whose behaviour is its own.
+        ValueError: No embedding in the model, or one that cannot be replaced as it is: on another device, with hooks
+            that compute its weight, in shared memory, or sharing its memory with another.
+        MemoryError: A table cannot be allocated. In all cases the model works as it did.
+
+    Example:
+        >>> import torch, dlrm_rs
+        >>> model = torch.nn.Sequential(torch.nn.EmbeddingBag(100, 8, mode="sum"), torch.nn.Linear(8, 1))
+        >>> optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+        >>> model = dlrm_rs.replace_embeddings(model)
+        >>> model[0]
+        EmbeddingBag(100, 8, mode='sum')
+        >>> type(model[0]) is dlrm_rs.EmbeddingBag, list(model.state_dict())
+        (True, ['0.weight', '1.weight', '1.bias'])
+        >>> model(torch.tensor([[3, 4]])).sum().backward()
+        >>> optimizer.step()
+    """
+    format_name = row_format("dtype", dtype)
+    found = _embeddings(model)
+    for name, module in found:
+        _check_module(name, module)
+        _check_sharing(name, module, model, fused=optimizer is not None)
+    # From here on only memory can run out. A Parameter that has moved by then serves torch's module as it did before.
+    tables = [single_table(module, name, format_name, optimizer) for name, module in found]
+    for (_, module), table in zip(found, tables, strict=True):
+        module.padding_idx = table.features[0].padding_idx
+        module.__class__ = _REPLACEMENTS[type(module)]
+        module.__dict__["_tables"] = table
+    return model
+
+
+def _embeddings(model: nn.Module) -> list[tuple[str, nn.Embedding | nn.EmbeddingBag]]:
+    """The modules to replace and their names in the model, every module once."""
+    found: list[tuple[str, nn.Embedding | nn.EmbeddingBag]] = []
+    others = 0
+    for name, module in model.named_modules():
+        if isinstance(module, OwnsTables):
+            others += 1
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            if type(module) not in _REPLACEMENTS:
+                raise TypeError(
+                    f"model: expected embeddings of torch's own classes, got {type(module).__name__} at {name!r}, a "
+                    "subclass, whose behaviour a replacement would lose"
+                )
+            found.append((name or "embedding", module))
+    if not found and not others:
+        raise ValueError("model: expected at least one torch.nn.EmbeddingBag or torch.nn.Embedding in it, got none")
+    return found
+
+
+def _check_module(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
+    if "forward" in module.__dict__:
+        raise ValueError(f"model: expected torch's forward at {name!r}, got one that was put in its place")
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        raise ValueError(
+            f"model: expected a torch.nn.Parameter as weight of {name!r}, got {type(module.weight).__name__}; take "
+            "away what computes it, such as weight_norm or pruning, first"
+        )
+    check_table_weight(f"weight of {name!r}", weight, (module.num_embeddings, module.embedding_dim))
+    if weight.is_shared():
+        raise ValueError(f"weight of {name!r}: expected memory of its own, got memory shared between processes")
+
+
+def _check_sharing(name: str, module: nn.Embedding | nn.EmbeddingBag, model: nn.Module, *, fused: bool) -> None:
+    """Refuse ties that would break: a Parameter that moves takes its owners along, not other views of its memory."""
+    memory = module.weight.untyped_storage().data_ptr()
+    for other_name, other, tensor in _tensors(model):
+        if other is module:
+            continue
+        if tensor is module.weight and (fused or isinstance(other, nn.Embedding | nn.EmbeddingBag)):
+            raise ValueError(
+                f"weight of {name!r}: expected no other owner with a fused optimizer, nor another embedding without, "
+                f"got {other_name!r} as well; embeddings can share a table by being one module"
+            )
+        if tensor is not module.weight and tensor.untyped_storage().data_ptr() == memory:
+            raise ValueError(
+                f"weight of {name!r}: expected memory of its own, got memory that {other_name!r} views too"
+            )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    for name, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_cpu and tensor.layout is torch.strided and tensor.numel():
+                yield f"{name}.{key}", module, tensor
