@@ -1,0 +1,150 @@
+"""Forked workers, other Python threads, and Ctrl-C: in processes of their own, which cannot hang the tests."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+SETUP = """
+import threading, time, warnings
+import torch, dlrm_rs
+
+torch.manual_seed(0)
+dlrm_rs.set_num_threads(2)
+"""
+
+
+def start(script: str) -> "subprocess.Popen[str]":
+    """Another Python, with warnings as errors."""
+    # Newer versions of Python warn about every fork of a process that has threads.
+    command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c"]
+    source = SETUP + textwrap.dedent(script)
+    return subprocess.Popen([*command, source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(script: str, seconds: float) -> str:
+    """What the script prints; it must end well, and in time."""
+    process = start(script)
+    try:
+        out, error = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"still running after {seconds} s: {process.communicate()}")
+    assert process.returncode == 0, error
+    return out
+
+
+def test_forked_workers_look_up_while_the_parent_trains() -> None:
+    out = run(
+        """
+        rows = dlrm_rs.Embedding(5000, 64)
+        bags = dlrm_rs.EmbeddingBag(5000, 64, mode="sum", optimizer=dlrm_rs.optim.Adagrad(lr=0.1))
+        # Calls that are large enough for the pool, in the parent before the fork, in the workers, and in the parent.
+        ids = torch.randint(0, 5000, (2000, 8))
+        bags(ids).sum().backward()
+        expected = rows(ids).sum(1).detach()
+
+        class Looks(torch.utils.data.Dataset):
+            def __len__(self):
+                return 12
+
+            def __getitem__(self, i):
+                dlrm_rs.set_num_threads(1 + i % 3)
+                with torch.no_grad():
+                    return rows(ids).sum(1)
+
+        loader = torch.utils.data.DataLoader(Looks(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+        for epoch in range(2):
+            for looked_up in loader:
+                bags(ids).square().sum().backward()
+                assert all(torch.equal(one, expected) for one in looked_up)
+        print("done")
+        """,
+        seconds=60,
+    )
+    assert out == "done\n"
+
+
+def test_a_lookup_and_an_update_let_other_threads_run() -> None:
+    run(
+        """
+        bags = dlrm_rs.EmbeddingBag(1000, 256, mode="sum", optimizer=dlrm_rs.optim.SGD(lr=0.1))
+        ids = torch.randint(0, 1000, (2, 4_000_000), dtype=torch.int32)  # a tenth of a second or more
+        longest_pause, stop = [0.0], threading.Event()
+
+        def watch():
+            last = time.perf_counter()
+            while not stop.is_set():
+                now = time.perf_counter()
+                longest_pause[0] = max(longest_pause[0], now - last)
+                last = now
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            for call in (lambda: bags(ids), bags(ids).sum().backward):
+                longest_pause[0] = 0
+                started = time.perf_counter()
+                call()
+                seconds = time.perf_counter() - started
+                time.sleep(0.1)  # so that the watch sees the end of a pause
+                assert longest_pause[0] < seconds / 2, (longest_pause[0], seconds)
+                assert seconds > 0.05
+        finally:
+            stop.set()
+            thread.join()
+        """,
+        seconds=60,
+    )
+
+
+# Seconds of work for one thread: reading 4 KB per id, and putting ids in order. After that an update writes, and since
+# it must not end half-way, it does not end early.
+@pytest.mark.parametrize(("call", "dim", "repeats"), [("lookup", 1024, 10_000), ("update", 16, 15_000)])
+def test_ctrl_c_ends_a_long_call_and_changes_nothing(call: str, dim: int, repeats: int) -> None:
+    process = start(
+        f"""
+        dlrm_rs.set_num_threads(1)
+        bags = dlrm_rs.EmbeddingBag(2000, {dim}, mode="sum", optimizer=dlrm_rs.optim.Adagrad(lr=0.1))
+        ids = torch.arange(2000, dtype=torch.int32).repeat({repeats}).view(1000, -1)
+        grad = torch.ones(1000, {dim}).numpy()
+        group = {{"lr": 1.0, "eps": 1.0}}
+        before, out = bags.weight.detach().clone(), bags(ids[:, :1])
+
+        def lookup(batch):
+            bags(ids[:batch])
+
+        def update(batch):
+            call = (ids[:batch].view(-1).numpy(), None, batch, None, None, grad[:batch])
+            bags._tables.handle.update(*call, [True], False, group)
+
+        started = time.perf_counter()
+        lookup(50)
+        seconds = 20 * (time.perf_counter() - started)
+        print("ready", flush=True)
+        started = time.perf_counter()
+        try:
+            {call}(1000)
+            print("finished")
+        except KeyboardInterrupt:
+            print("interrupted")
+        # Python itself would interrupt after a lookup; an update that ran to its end would have changed the rows.
+        assert "{call}" == "update" or time.perf_counter() - started < seconds / 2, seconds
+        assert torch.equal(bags.weight, before)
+        assert not bags._tables.handle.optimizer_state(0)["sum"].any()
+        assert torch.equal(bags(ids[:, :1]), out)
+        """
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, error
+    assert out == "interrupted\n"
