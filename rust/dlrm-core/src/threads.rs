@@ -18,7 +18,7 @@ pub const ENVIRONMENT: &str = "DLRM_RS_NUM_THREADS";
 const MAX: usize = 1024;
 
 /// Work below this many cache lines (64 bytes) runs on the calling thread: waking another takes longer.
-const SMALL: usize = 2048;
+const SMALL: usize = 16384;
 
 static POOL: ForkLocal<ThreadPool> = ForkLocal::new();
 

@@ -111,7 +111,8 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn prefetch(self, at: *const f32) {
-        have!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
+        // Into L2: it waits for three times as many lines at once as L1 does (48 to 16 on Intel's servers since 2021).
+        have!(_mm_prefetch::<_MM_HINT_T1>(at.cast()));
     }
 
     #[inline(always)]

@@ -20,7 +20,7 @@ use crate::occurrences::Run;
 const BLOCK: usize = 512;
 
 /// Occurrences whose rows are prefetched ahead of the one that is read.
-const AHEAD: usize = 16;
+const AHEAD: usize = 32;
 
 /// What happens to a touched row.
 pub(crate) trait Rule: Sync {
