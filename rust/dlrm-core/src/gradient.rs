@@ -137,7 +137,7 @@ impl<'a> Sources<'a> {
             let scales = scales.as_mut().map(|s| Disjoint::new(s));
             let places = places.as_mut().map(|p| Disjoint::new(p));
             let slots = set.slots(bags);
-            let sizes: Vec<_> = set.sizes(bags).iter().map(per_id).collect();
+            let sizes = set.sizes(bags, |_| 0.25); // 8 to 16 bytes an id
             pieces::for_each(ctx, &sizes, |f, units| {
                 for unit in units {
                     let ids = set.unit(bags, f, unit);
@@ -163,11 +163,6 @@ impl<'a> Sources<'a> {
         }
         Ok(Self { grad, starts, scales, argmax, places })
     }
-}
-
-/// The same units with what describing them costs, not their rows: about a cache line for four ids.
-fn per_id(size: &Size) -> Size {
-    Size { lines: size.units.div_ceil(4), ..*size }
 }
 
 impl TableSet {
@@ -276,7 +271,7 @@ impl TableSet {
         let into = Disjoint::new(into);
         let level = ctx.level;
         self.inner.read(|inner| {
-            pieces::for_each(ctx, &self.sizes(bags), |f, units| {
+            pieces::for_each(ctx, &self.sizes(bags, |f| self.row_lines(f)), |f, units| {
                 let feature = self.features[f];
                 with_rows!(&inner.tables[feature.table], |rows| with_ids!(bags.ids, |ids| {
                     level.run(Dot {

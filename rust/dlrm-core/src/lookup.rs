@@ -114,16 +114,20 @@ impl TableSet {
         }
     }
 
-    /// How many cache lines of rows each feature reads.
-    pub(crate) fn sizes(&self, bags: &Bags) -> Vec<Size> {
-        let size = |(f, feature): (usize, &Feature)| {
+    /// The work of each feature when every id and every output row takes `lines(feature)` cache lines.
+    pub(crate) fn sizes(&self, bags: &Bags, lines: impl Fn(usize) -> f64) -> Vec<Size> {
+        let size = |f| {
             let ids = bags.feature_bounds(f).len();
             let units = if self.pooled { bags.batch } else { ids };
-            let format = self.specs[feature.table].format;
-            let row_lines = format.row_bytes(self.dim(f)).div_ceil(64);
-            Size { units, lines: (ids + units) * row_lines }
+            Size { units, lines: ((ids + units) as f64 * lines(f)) as usize }
         };
-        self.features.iter().enumerate().map(size).collect()
+        (0..self.features.len()).map(size).collect()
+    }
+
+    /// Cache lines of a row of a feature's table.
+    pub(crate) fn row_lines(&self, feature: usize) -> f64 {
+        let format = self.specs[self.features[feature].table].format;
+        format.row_bytes(self.dim(feature)).div_ceil(64) as f64
     }
 }
 
@@ -140,7 +144,7 @@ struct Lookup<'a> {
 
 impl Lookup<'_> {
     fn run(self, ctx: &Context) -> Result<()> {
-        let sizes = self.set.sizes(self.bags);
+        let sizes = self.set.sizes(self.bags, |f| self.set.row_lines(f));
         let level = ctx.level;
         self.set.inner.read(|inner| {
             pieces::for_each(ctx, &sizes, |feature, units| {

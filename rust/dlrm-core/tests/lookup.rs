@@ -122,14 +122,16 @@ fn shapes_and_weights_are_checked() {
 
     let weights = vec![1.0; arrays.wide.len()];
     let weighted =
-        Bags::new(Ids::I64(&arrays.wide), Offsets::I64(&arrays.offsets), 4, 300, Some(&weights)).unwrap();
+        Bags::new(Ids::I64(&arrays.wide), Offsets::I64(&arrays.offsets), 4, case.batch, Some(&weights))
+            .unwrap();
     let refused = message(set.lookup(&weighted, &mut vec![0.0; len], None, &ctx));
     assert_eq!(refused, "per_sample_weights: expected sum or mean pooling, got pooling max in feature 0");
 
     let mut nan = weights;
     nan[9] = f32::NAN;
     let case = large_case(Pooling::Sum);
-    let bags = Bags::new(Ids::I64(&arrays.wide), Offsets::I64(&arrays.offsets), 4, 300, Some(&nan)).unwrap();
+    let bags =
+        Bags::new(Ids::I64(&arrays.wide), Offsets::I64(&arrays.offsets), 4, case.batch, Some(&nan)).unwrap();
     let refused = message(case.set(&ctx).lookup(&bags, &mut vec![0.0; len], None, &ctx));
     assert_eq!(refused, "per_sample_weights[9]: expected a number, got NaN");
 }

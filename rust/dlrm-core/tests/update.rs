@@ -80,7 +80,7 @@ fn sparse(case: &Case, ctx: &Context, by_frequency: bool) -> Vec<SparseRows> {
     gradient.into_iter().map(Option::unwrap).collect()
 }
 
-fn check_gradient(case: &Case, by_frequency: bool) {
+fn check_gradient(case: &Case, by_frequency: bool, tolerance: f64) {
     let ctx = &contexts()[0];
     let (set, arrays) = (case.set(ctx), case.arrays());
     let from = from_model(case, &set, &arrays);
@@ -89,7 +89,7 @@ fn check_gradient(case: &Case, by_frequency: bool) {
     for (got, expected) in got.iter().zip(&expected) {
         let rows: Vec<_> = expected.keys().map(|&row| row as i64).collect();
         assert_eq!(got.rows, rows);
-        assert_close(&got.values, &expected.values().flatten().copied().collect::<Vec<_>>(), 1e-5);
+        assert_close(&got.values, &expected.values().flatten().copied().collect::<Vec<_>>(), tolerance);
     }
     for ctx in &contexts()[1..] {
         for (a, b) in got.iter().zip(sparse(case, ctx, by_frequency)) {
@@ -126,7 +126,7 @@ proptest! {
 
     #[test]
     fn any_gradient_is_right_and_has_the_same_bits_everywhere(case in any_case(), by_frequency: bool) {
-        check_gradient(&case, by_frequency);
+        check_gradient(&case, by_frequency, 1e-5);
     }
 
     #[test]
@@ -163,7 +163,8 @@ proptest! {
 #[test]
 fn a_large_gradient_is_right_and_has_the_same_bits_everywhere() {
     for pooling in Pooling::ALL {
-        check_gradient(&large_case(pooling), false);
+        // Some rows have thousands of gradients of both signs: their sum is small beside what is added up.
+        check_gradient(&large_case(pooling), false, 5e-5);
     }
 }
 

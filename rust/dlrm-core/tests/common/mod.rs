@@ -69,13 +69,13 @@ pub(crate) fn any_case() -> impl Strategy<Value = Case> {
 /// A case large enough to run on several threads, with hot rows.
 pub(crate) fn large_case(pooling: Pooling) -> Case {
     let tables = vec![(5000, 64), (3, 33), (700, 128)];
-    let batch = 300;
+    let batch = 3000;
     let features: Vec<_> =
         [0, 1, 2, 0].into_iter().map(|table| Feature { table, pooling, padding: Some(2) }).collect();
     let bag = |i: usize| {
         let rows = tables[features[i / batch].table].0;
         let id = |k: usize| ((noise(7, i * 64 + k).abs().powi(3) * rows as f32) as i64).min(rows as i64 - 1);
-        (0..i * 7 % 20).map(id).collect()
+        (0..i * 7 % 10).map(id).collect()
     };
     let bags = (0..features.len() * batch).map(bag).collect();
     let weighted = matches!(pooling, Pooling::Sum | Pooling::Mean);
