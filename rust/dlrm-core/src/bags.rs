@@ -83,12 +83,14 @@ pub enum Offsets<'a> {
 }
 
 /// The ids of a call, fallen into bags.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Bags<'a> {
     pub(crate) ids: Ids<'a>,
     offsets: Offsets<'a>,
     pub(crate) features: usize,
     pub(crate) batch: usize,
+    /// Where each feature's ids begin, and where the last one's end.
+    feature_starts: Vec<usize>,
     /// A factor for every id.
     pub(crate) weights: Option<&'a [f32]>,
 }
@@ -106,7 +108,8 @@ impl<'a> Bags<'a> {
     ) -> Result<Self> {
         let bags = features
             .checked_mul(batch)
-            .ok_or_else(|| Error::argument("batch_size", "features * batch_size below 2^64", batch))?;
+            .filter(|&bags| bags < usize::MAX)
+            .ok_or_else(|| Error::argument("batch_size", "features * batch_size below 2^64 - 1", batch))?;
         match offsets {
             Offsets::I32(offsets) => check_offsets(offsets, features, batch, ids.len())?,
             Offsets::I64(offsets) => check_offsets(offsets, features, batch, ids.len())?,
@@ -123,7 +126,11 @@ impl<'a> Bags<'a> {
             let expected = format!("one for each of {} ids", ids.len());
             return Err(Error::argument("per_sample_weights", expected, weights.len()));
         }
-        Ok(Self { ids, offsets, features, batch, weights: per_sample_weights })
+        let mut made =
+            Self { ids, offsets, features, batch, feature_starts: Vec::new(), weights: per_sample_weights };
+        let start = |f: usize| if batch == 0 { 0 } else { made.bounds(f * batch).start };
+        made.feature_starts = (0..features).map(start).chain([ids.len()]).collect();
+        Ok(made)
     }
 
     /// How many ids.
@@ -159,11 +166,31 @@ impl<'a> Bags<'a> {
 
     /// Where the ids of `feature` are.
     pub(crate) fn feature_bounds(&self, feature: usize) -> Range<usize> {
-        if self.batch == 0 {
-            return 0..0;
+        self.feature_starts[feature]..self.feature_starts[feature + 1]
+    }
+
+    /// The place of a bag, numbered among all features' bags, within its feature.
+    ///
+    /// # Panics
+    /// When it is not of that feature, as offsets that change during the call can make it seem.
+    pub(crate) fn unit(&self, feature: usize, bag: usize) -> usize {
+        let unit = bag.wrapping_sub(feature * self.batch);
+        assert!(unit < self.batch, "offsets changed during the call");
+        unit
+    }
+
+    /// Calls `f` with every bag that has ids among `positions`, and where these are.
+    pub(crate) fn for_each_bag(&self, positions: Range<usize>, mut f: impl FnMut(usize, Range<usize>)) {
+        let mut bag = self.bag_of(positions.start);
+        let mut start = positions.start;
+        while start < positions.end {
+            // The bounds keep `f` inside of `positions` whatever the offsets say by now.
+            let end = self.bounds(bag).end.clamp(start, positions.end);
+            if start < end {
+                f(bag, start..end);
+            }
+            (bag, start) = (bag + 1, end);
         }
-        let first = self.bounds(feature * self.batch).start;
-        first..self.bounds((feature + 1) * self.batch - 1).end
     }
 
     /// The bag, of all features' bags, that holds the id at `position`.
@@ -194,6 +221,9 @@ fn check_offsets<I: Id + std::fmt::Display>(
             bags + 1
         );
         return Err(Error::argument("offsets", expected, offsets.len()));
+    }
+    if bags == 0 && ids > 0 {
+        return Err(Error::argument("indices", "no ids, as there are no bags", ids));
     }
     let bound = |i: usize| offsets.get(i).map_or(ids as u64, |o| o.row());
     if bound(0) != 0 {
@@ -241,6 +271,9 @@ mod tests {
             assert_eq!((bags.feature_bounds(0), bags.feature_bounds(1)), (0..2, 2..5));
             let owners: Vec<_> = (0..5).map(|p| bags.bag_of(p)).collect();
             assert_eq!(owners, [0, 0, 2, 3, 3]);
+            let mut parts = Vec::new();
+            bags.for_each_bag(1..4, |bag, ids| parts.push((bag, ids)));
+            assert_eq!(parts, [(0, 1..2), (2, 2..3), (3, 3..4)]);
         }
     }
 

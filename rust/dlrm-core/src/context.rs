@@ -1,6 +1,6 @@
 //! On what a call runs.
 
-use crate::{Level, Result, threads};
+use crate::{Level, Result, fork, threads};
 
 /// On what a call runs: the level, the number of threads, and who may end it early.
 ///
@@ -19,6 +19,7 @@ pub struct Context<'a> {
 impl Context<'_> {
     /// The level and threads chosen for this process; nobody ends a call.
     pub fn new() -> Result<Self> {
+        fork::generation(); // from now on forks are counted
         Ok(Self { level: Level::current()?, threads: threads::get()?, poll: &never })
     }
 

@@ -1,6 +1,7 @@
 //! What can go wrong, in words that name the argument, what was expected and what came.
 //!
 //! When a function of this crate returns an error, no table and no optimizer state has changed.
+//! (It panics only when memory it was lent changes while it reads.)
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -55,6 +56,11 @@ pub enum Error {
         /// What the system said.
         reason: String,
     },
+    /// A call on tables that this very thread is in a call on, from [`Context::poll`](crate::Context::poll).
+    #[error(
+        "expected no other call on these tables by this thread, got one made by a signal handler during a call"
+    )]
+    Reentered,
     /// [`Context::poll`](crate::Context::poll) asked for the end of the call.
     #[error("interrupted")]
     Interrupted,

@@ -2,7 +2,8 @@
 //!
 //! The child of a `fork` has the parent's memory but only the forking thread. [`ForkLocal`] holds a value that every
 //! process makes for itself: the child leaves the parent's value alone (it is leaked there, never dropped) and makes
-//! its own on first use. Nothing here takes a lock.
+//! its own on first use. After the first [`generation`], which [`Context::new`](crate::Context::new) asks for when the
+//! engine is loaded, nothing here takes a lock.
 
 use std::sync::Arc;
 
@@ -83,7 +84,7 @@ mod imp {
 }
 
 /// How many forks lie between this process and the one that first called this.
-fn generation() -> u64 {
+pub(crate) fn generation() -> u64 {
     imp::generation()
 }
 

@@ -3,18 +3,22 @@
 //! [`Backward`] is what every use of it shares: the checked arguments, the occurrences of every row, and where each
 //! occurrence's gradient is. It is applied with a rule: an optimizer (`update`), or [`Store`], which keeps the sum.
 
-use crate::bags::{Bags, with_ids};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
 use crate::kernels::dot::Dot;
-use crate::kernels::pool::count;
 use crate::kernels::touched::{Rule, Target, Touched};
 use crate::kernels::{LANES, Simd};
-use crate::lookup::Pooling;
+use crate::lookup::{Pooling, first_bad};
+use crate::memory::zeros;
 use crate::occurrences::Occurrences;
 use crate::pieces::{self, Size};
-use crate::rows::with_rows;
-use crate::table_set::TableSet;
-use crate::{Context, Error, Result};
+use crate::rows::{Rows, with_rows};
+use crate::sources::Sources;
+use crate::table_set::{Slot, TableSet};
+use crate::{Context, Error, Level, Result};
 
 /// The gradient that comes from the model, and how it is to be used.
 #[derive(Clone, Copy, Debug)]
@@ -36,18 +40,6 @@ pub struct SparseRows {
     pub rows: Vec<i64>,
     /// Their gradients, `(U, D)`.
     pub values: Vec<f32>,
-}
-
-/// Where the gradient of every id comes from; indexed by the place in `indices`.
-pub(crate) struct Sources<'a> {
-    pub(crate) grad: &'a [f32],
-    /// First element of the output row that the id went into.
-    pub(crate) starts: Vec<usize>,
-    /// By what that row's gradient is multiplied.
-    pub(crate) scales: Option<Vec<f32>>,
-    pub(crate) argmax: Option<&'a [f32]>,
-    /// The id's place in its bag where that is pooled by max, else -1.
-    pub(crate) places: Option<Vec<i32>>,
 }
 
 /// A checked backward call.
@@ -114,87 +106,7 @@ pub(crate) fn apply<R: Rule>(
     })
 }
 
-impl<'a> Sources<'a> {
-    /// No gradient at all, for a rule that needs none.
-    pub(crate) fn none(ids: usize) -> Self {
-        Self { grad: &[], starts: vec![0; ids], scales: None, argmax: None, places: None }
-    }
-
-    fn new(
-        set: &TableSet,
-        bags: &Bags,
-        grad: &'a [f32],
-        argmax: Option<&'a [f32]>,
-        ctx: &Context,
-    ) -> Result<Self> {
-        let ids = bags.ids.len();
-        let scaled = bags.weights.is_some() || set.features.iter().any(|f| f.pooling == Pooling::Mean);
-        let mut starts = vec![0; ids];
-        let mut scales = scaled.then(|| vec![1.0; ids]);
-        let mut places = argmax.map(|_| vec![-1; ids]);
-        {
-            let starts = Disjoint::new(&mut starts);
-            let scales = scales.as_mut().map(|s| Disjoint::new(s));
-            let places = places.as_mut().map(|p| Disjoint::new(p));
-            let slots = set.slots(bags);
-            let sizes = set.sizes(bags, |_| 0.25); // 8 to 16 bytes an id
-            pieces::for_each(ctx, &sizes, |f, units| {
-                for unit in units {
-                    let ids = set.unit(bags, f, unit);
-                    let start = slots[f].at(unit);
-                    #[expect(unsafe_code, reason = "units are disjoint")]
-                    // SAFETY: the ids of different units do not overlap, and each unit comes once.
-                    unsafe {
-                        starts.piece(ids.clone()).fill(start);
-                        if let Some(scales) = &scales {
-                            set.scales(bags, f, ids.clone(), scales.piece(ids.clone()));
-                        }
-                        if let Some(places) =
-                            places.as_ref().filter(|_| set.features[f].pooling == Pooling::Max)
-                        {
-                            let own = places.piece(ids);
-                            for (i, place) in (0..).zip(own) {
-                                *place = i;
-                            }
-                        }
-                    }
-                }
-            })?;
-        }
-        Ok(Self { grad, starts, scales, argmax, places })
-    }
-}
-
 impl TableSet {
-    /// Where the ids of a unit of a feature are.
-    fn unit(&self, bags: &Bags, feature: usize, unit: usize) -> std::ops::Range<usize> {
-        if self.pooled {
-            return bags.bounds(feature * bags.batch + unit);
-        }
-        let position = bags.feature_bounds(feature).start + unit;
-        position..position + 1
-    }
-
-    /// By what the gradient of a bag is multiplied for each of its ids.
-    fn scales(&self, bags: &Bags, feature: usize, ids: std::ops::Range<usize>, into: &mut [f32]) {
-        if let Some(weights) = bags.weights {
-            into.copy_from_slice(&weights[ids.clone()]);
-        }
-        if self.features[feature].pooling == Pooling::Mean {
-            let n = self.count(bags, feature, ids);
-            for scale in into {
-                *scale /= n;
-            }
-        }
-    }
-
-    /// How many ids of a bag are not padding, at least 1.
-    fn count(&self, bags: &Bags, feature: usize, ids: std::ops::Range<usize>) -> f32 {
-        let padding = self.features[feature].padding.map_or(u64::MAX, |p| p as u64);
-        let count = with_ids!(bags.ids, |all| count(&all[ids], padding));
-        count.max(1) as f32
-    }
-
     /// The gradient of every trainable table, written over the zeros of `into`, `(N, D)` each.
     pub fn dense_gradient(
         &self,
@@ -204,13 +116,11 @@ impl TableSet {
         ctx: &Context,
     ) -> Result<()> {
         let backward = Backward::new(self, bags, gradient, ctx)?;
-        for (spec, into) in self.specs.iter().zip(&*into) {
-            if let Some(into) = into
-                && into.len() != spec.rows * spec.dim
-            {
-                let expected = format!("{} x {} elements for table '{}'", spec.rows, spec.dim, spec.name);
-                return Err(Error::argument("into", expected, into.len()));
-            }
+        let expected = |t: usize| gradient.trainable[t].then(|| self.specs[t].rows * self.specs[t].dim);
+        let got: Vec<_> = into.iter().map(|into| into.as_ref().map(|into| into.len())).collect();
+        if !got.iter().copied().eq((0..self.specs.len()).map(expected)) {
+            let expected = "rows x dim elements for each trainable table, nothing for the others";
+            return Err(Error::argument("into", expected, format_args!("{got:?}")));
         }
         let targets: Vec<_> = self
             .specs
@@ -230,13 +140,15 @@ impl TableSet {
     ) -> Result<Vec<Option<SparseRows>>> {
         let backward = Backward::new(self, bags, gradient, ctx)?;
         let touched = |(t, &trainable): (usize, &bool)| {
-            trainable.then(|| {
-                let rows = backward.occurrences.of(t).rows();
-                let values = vec![0.0; rows.len() * self.specs[t].dim];
-                SparseRows { rows, values }
-            })
+            let rows = trainable.then(|| backward.occurrences.of(t).rows());
+            let with_values = |rows: Vec<i64>| {
+                let values = zeros(rows.len() * self.specs[t].dim, "a sparse gradient")?;
+                Ok(SparseRows { rows, values })
+            };
+            rows.map(with_values).transpose()
         };
-        let mut sparse: Vec<_> = gradient.trainable.iter().enumerate().map(touched).collect();
+        let sparse = gradient.trainable.iter().enumerate().map(touched);
+        let mut sparse = sparse.collect::<Result<Vec<_>>>()?;
         let targets: Vec<_> = self
             .specs
             .iter()
@@ -266,29 +178,80 @@ impl TableSet {
         if into.len() != bags.ids.len() {
             return Err(Error::argument("into", format_args!("{} elements", bags.ids.len()), into.len()));
         }
-        crate::occurrences::check_ids(self, bags, ctx)?;
-        let slots = self.slots(bags);
-        let into = Disjoint::new(into);
-        let level = ctx.level;
-        self.inner.read(|inner| {
-            pieces::for_each(ctx, &self.sizes(bags, |f| self.row_lines(f)), |f, units| {
-                let feature = self.features[f];
-                with_rows!(&inner.tables[feature.table], |rows| with_ids!(bags.ids, |ids| {
-                    level.run(Dot {
-                        rows,
-                        ids,
-                        bags,
-                        mean: feature.pooling == Pooling::Mean,
-                        padding: feature.padding.map_or(u64::MAX, |p| p as u64),
-                        first: f * bags.batch,
-                        units,
-                        slot: slots[f],
-                        output,
-                        into: &into,
+        let call = WeightsGradient {
+            set: self,
+            bags,
+            slots: self.slots(bags),
+            output,
+            into: Disjoint::new(into),
+            bad: AtomicUsize::new(usize::MAX),
+        };
+        call.run(ctx)
+    }
+}
+
+/// One call of [`TableSet::per_sample_weights_gradient`].
+struct WeightsGradient<'a> {
+    set: &'a TableSet,
+    bags: &'a Bags<'a>,
+    slots: Vec<Slot>,
+    output: &'a [f32],
+    into: Disjoint<'a, f32>,
+    /// Lowest position of an id that its table does not have.
+    bad: AtomicUsize,
+}
+
+impl WeightsGradient<'_> {
+    fn run(self, ctx: &Context) -> Result<()> {
+        let (set, bags, level) = (self.set, self.bags, ctx.level);
+        let size = |f| {
+            let units = bags.feature_bounds(f).len();
+            Size { units, lines: units * set.row_lines(f) }
+        };
+        let sizes: Vec<_> = (0..set.features.len()).map(size).collect();
+        set.tables.read(|tables| {
+            pieces::for_each(ctx, &sizes, |f, units| {
+                let first = bags.feature_bounds(f).start;
+                let positions = first + units.start..first + units.end;
+                with_rows!(&tables[set.features[f].table], |rows| with_ids!(bags.ids, |ids| {
+                    bags.for_each_bag(positions, |bag, positions| {
+                        self.bag(level, rows, ids, f, bag, positions);
                     });
                 }));
             })
-        })
+        })??;
+        set.refuse_bad_id(bags, self.bad.into_inner())
+    }
+
+    /// Some ids of a bag.
+    fn bag<R: Rows, I: Id>(
+        &self,
+        level: Level,
+        rows: R,
+        ids: &[I],
+        f: usize,
+        bag: usize,
+        positions: Range<usize>,
+    ) {
+        let feature = self.set.features[f];
+        let ids = &ids[positions.clone()];
+        if let Some(bad) = first_bad(ids, self.set.specs[feature.table].rows) {
+            self.bad.fetch_min(positions.start + bad, Ordering::Relaxed);
+            return;
+        }
+        let start = self.slots[f].at(self.bags.unit(f, bag));
+        let mean = feature.pooling == Pooling::Mean;
+        #[expect(unsafe_code, reason = "positions are disjoint")]
+        // SAFETY: the positions of pieces do not overlap, and `for_each_bag` gives those of a piece one after another.
+        let into = unsafe { self.into.piece(positions) };
+        level.run(Dot {
+            rows,
+            ids,
+            padding: feature.padding.map_or(u64::MAX, |p| p as u64),
+            grad: &self.output[start..start + rows.dim()],
+            divisor: if mean { self.set.ids_of_bag(self.bags, f, bag) } else { 1.0 },
+            into,
+        });
     }
 }
 

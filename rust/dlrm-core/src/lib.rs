@@ -4,7 +4,7 @@
 //! ([`TableSet::lookup`]); one call sums the gradients of the touched rows and runs an optimizer on them
 //! ([`TableSet::update`]). This crate knows nothing of Python or torch.
 //!
-//! Every result has the same bits at every [`Level`] and for every number of threads.
+//! Every result has the same bits at every [`Level`] and for every number of threads (of a NaN, that it is one).
 //!
 //! ```
 //! use dlrm_core::{Bags, Context, Feature, Ids, Offsets, Pooling, RowFormat, TableSet, TableSpec};
@@ -13,7 +13,7 @@
 //! let spec = TableSpec { name: "ads".into(), rows: 4, dim: 2, format: RowFormat::Fp32 };
 //! let feature = Feature { table: 0, pooling: Pooling::Sum, padding: None };
 //! let set = TableSet::new(vec![spec], vec![feature], &ctx)?;
-//! set.write(0, |rows| rows.copy_from_slice(&[0., 0., 1., 10., 2., 20., 3., 30.]));
+//! set.write(0, |rows| rows.copy_from_slice(&[0., 0., 1., 10., 2., 20., 3., 30.]))?;
 //!
 //! let bags = Bags::new(Ids::I64(&[1, 3, 2]), Offsets::I64(&[0, 2]), 1, 2, None)?;
 //! let mut out = [0.0; 4];
@@ -26,6 +26,7 @@ mod bags;
 mod context;
 mod disjoint;
 mod error;
+mod float_environment;
 mod fork;
 mod gradient;
 mod guarded;
@@ -39,6 +40,7 @@ mod pieces;
 mod renorm;
 mod row_format;
 mod rows;
+mod sources;
 mod table;
 mod table_set;
 pub mod threads;

@@ -114,20 +114,20 @@ impl TableSet {
         }
     }
 
-    /// The work of each feature when every id and every output row takes `lines(feature)` cache lines.
-    pub(crate) fn sizes(&self, bags: &Bags, lines: impl Fn(usize) -> f64) -> Vec<Size> {
+    /// The work of each feature: rows read and output rows written.
+    fn sizes(&self, bags: &Bags) -> Vec<Size> {
         let size = |f| {
             let ids = bags.feature_bounds(f).len();
             let units = if self.pooled { bags.batch } else { ids };
-            Size { units, lines: ((ids + units) as f64 * lines(f)) as usize }
+            Size { units, lines: (ids + units) * self.row_lines(f) }
         };
         (0..self.features.len()).map(size).collect()
     }
 
     /// Cache lines of a row of a feature's table.
-    pub(crate) fn row_lines(&self, feature: usize) -> f64 {
+    pub(crate) fn row_lines(&self, feature: usize) -> usize {
         let format = self.specs[self.features[feature].table].format;
-        format.row_bytes(self.dim(feature)).div_ceil(64) as f64
+        format.row_bytes(self.dim(feature)).div_ceil(64)
     }
 }
 
@@ -144,20 +144,17 @@ struct Lookup<'a> {
 
 impl Lookup<'_> {
     fn run(self, ctx: &Context) -> Result<()> {
-        let sizes = self.set.sizes(self.bags, |f| self.set.row_lines(f));
+        let sizes = self.set.sizes(self.bags);
         let level = ctx.level;
-        self.set.inner.read(|inner| {
+        self.set.tables.read(|tables| {
             pieces::for_each(ctx, &sizes, |feature, units| {
-                let table = &inner.tables[self.set.features[feature].table];
+                let table = &tables[self.set.features[feature].table];
                 with_rows!(table, |rows| with_ids!(self.bags.ids, |ids| {
                     self.piece(level, rows, ids, feature, units);
                 }));
             })
-        })?;
-        match self.bad.into_inner() {
-            usize::MAX => Ok(()),
-            position => Err(self.set.bad_id(self.bags, position)),
-        }
+        })??;
+        self.set.refuse_bad_id(self.bags, self.bad.into_inner())
     }
 
     fn piece<R: Rows, I: Id>(&self, level: Level, rows: R, ids: &[I], feature: usize, units: Range<usize>) {

@@ -2,7 +2,7 @@
 //!
 //! Large memory starts on a 2 MB boundary and asks for huge pages, since rows are read at random and a page table of
 //! 4 KB pages does not stay in the cache. Small memory starts on a page. All of it is touched once, by all threads, so
-//! that the first use does not fault. The last, partial huge page stays on small pages: at most 4 KB are wasted.
+//! that the first use does not fault. What does not fill a huge page is on small pages: at most 4 KB are wasted.
 
 use memmap2::{Advice, MmapMut};
 use sysinfo::{MemoryRefreshKind, RefreshKind, System};
@@ -11,9 +11,6 @@ use crate::disjoint::Disjoint;
 use crate::{Context, Error, Result, threads};
 
 const HUGE_PAGE: usize = 2 << 20;
-
-/// Below this the system is not asked whether the memory is there.
-const CHECKED: usize = 64 << 20;
 
 /// Floats in mapped memory, zero at first.
 pub(crate) struct Memory {
@@ -40,12 +37,6 @@ impl Memory {
             .ok()
             .filter(|&bytes| bytes < isize::MAX as usize - HUGE_PAGE)
             .ok_or_else(|| refuse("more than an address space holds".to_owned()))?;
-        if bytes >= CHECKED {
-            let free = available();
-            if bytes as u64 > free {
-                return Err(refuse(format!("{free} bytes available")));
-            }
-        }
         let slack = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 0 };
         let map = MmapMut::map_anon((bytes + slack).max(1)).map_err(|e| refuse(e.to_string()))?;
         let start = if slack > 0 { map.as_ptr().align_offset(HUGE_PAGE) } else { 0 };
@@ -55,11 +46,13 @@ impl Memory {
     }
 
     fn ask_for_huge_pages(&self) {
-        let whole = self.bytes() / HUGE_PAGE * HUGE_PAGE;
         #[cfg(target_os = "linux")]
-        if whole > 0 {
+        {
+            let whole = self.bytes() / HUGE_PAGE * HUGE_PAGE;
+            let end = self.start + whole;
             // A kernel without huge pages refuses; the memory is as good without, only slower.
             let _ = self.map.advise_range(Advice::HugePage, self.start, whole);
+            let _ = self.map.advise_range(Advice::NoHugePage, end, self.map.len() - end);
         }
     }
 
@@ -90,12 +83,37 @@ impl Memory {
     }
 }
 
+/// Refuses `bytes` for `what` that are not there: else the system would end the process when it uses them.
+pub(crate) fn check_available(bytes: u128, what: &str) -> Result<()> {
+    /// Below this the system is not asked.
+    const SMALL: u128 = 64 << 20;
+    if bytes < SMALL {
+        return Ok(());
+    }
+    let free = available();
+    if bytes <= u128::from(free) {
+        return Ok(());
+    }
+    Err(Error::Memory { what: what.to_owned(), bytes, reason: format!("{free} bytes available") })
+}
+
 /// Bytes that this process may still take: of the machine, or of its control group where that is less.
 fn available() -> u64 {
     let memory = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
     let system = System::new_with_specifics(memory);
     let machine = system.available_memory();
-    system.cgroup_limits().map_or(machine, |group| machine.min(group.free_memory))
+    // Not the group's `free_memory`, which counts cached files as used.
+    let group = system.cgroup_limits().map(|group| group.total_memory.saturating_sub(group.rss));
+    group.map_or(machine, |group| machine.min(group))
+}
+
+/// `len` zeros on the heap for `what`.
+pub(crate) fn zeros<T: bytemuck::Zeroable>(len: usize, what: &str) -> Result<Vec<T>> {
+    bytemuck::try_zeroed_vec(len).map_err(|()| Error::Memory {
+        what: what.to_owned(),
+        bytes: len as u128 * size_of::<T>() as u128,
+        reason: "the allocator has none".to_owned(),
+    })
 }
 
 #[cfg(test)]
@@ -122,6 +140,13 @@ mod tests {
             let message = error.unwrap_err().to_string();
             assert!(message.starts_with("cannot allocate table 'huge'"), "{message}");
         }
+    }
+
+    #[test]
+    fn memory_that_the_machine_does_not_have_is_refused_before_it_is_used() {
+        let message = check_available(1 << 50, "3 tables").unwrap_err().to_string();
+        assert!(message.starts_with("cannot allocate 3 tables: 1125899906842624 bytes asked, "), "{message}");
+        assert!(zeros::<u64>(1 << 58, "scratch").is_err());
     }
 
     #[test]

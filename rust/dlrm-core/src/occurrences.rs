@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
-use crate::lookup::first_bad;
+use crate::memory::zeros;
 use crate::table_set::TableSet;
-use crate::{Context, Error, Result, pieces, threads};
+use crate::{Context, Error, Result, threads};
 
 /// The occurrences of every table, sorted.
 pub(crate) struct Occurrences {
@@ -30,9 +30,7 @@ impl Occurrences {
         padding: bool,
         ctx: &Context,
     ) -> Result<Self> {
-        check_ids(set, bags, ctx)?;
         let place_bits = bits(bags.ids.len());
-        let room = |t: usize| if wanted[t] { ids_of(set, bags, t) } else { 0 };
         let mut ranges = Vec::with_capacity(set.specs.len());
         let mut end = 0;
         for (t, spec) in set.specs.iter().enumerate() {
@@ -41,12 +39,14 @@ impl Occurrences {
                     format!("fewer than 2^{} ids for {} rows", u64::BITS - bits(spec.rows), spec.rows);
                 return Err(Error::argument("indices", expected, bags.ids.len()));
             }
-            ranges.push(end..end + room(t));
-            end += room(t);
+            let ids: usize = set.features_of[t].iter().map(|&f| bags.feature_bounds(f).len()).sum();
+            ranges.push(end..end + ids);
+            end += ids;
         }
-        let mut sorted = vec![0; end];
-        let mut spare = vec![0; end];
+        let mut sorted = zeros(end, "the occurrences of rows")?;
+        let mut spare = zeros(end, "the occurrences of rows")?;
         let lens: Vec<_> = ranges.iter().map(|_| AtomicUsize::new(0)).collect();
+        let bad = AtomicUsize::new(usize::MAX);
         {
             let (sorted, spare) = (Disjoint::new(&mut sorted), Disjoint::new(&mut spare));
             threads::for_each(ctx, ranges.len(), end / 2, |t| {
@@ -54,13 +54,19 @@ impl Occurrences {
                 // SAFETY: the ranges of different tables do not overlap, and each table comes once.
                 let (own, spare) =
                     unsafe { (sorted.piece(ranges[t].clone()), spare.piece(ranges[t].clone())) };
-                if !own.is_empty() {
-                    let len = with_ids!(bags.ids, |ids| collect(set, bags, t, ids, padding, place_bits, own));
-                    sort(&mut own[..len], &mut spare[..len], place_bits, bits(set.specs[t].rows));
-                    lens[t].store(len, Ordering::Relaxed);
+                match with_ids!(bags.ids, |ids| collect(set, bags, t, ids, padding, place_bits, own)) {
+                    Ok(len) if wanted[t] => {
+                        sort(&mut own[..len], &mut spare[..len], place_bits, bits(set.specs[t].rows));
+                        lens[t].store(len, Ordering::Relaxed);
+                    }
+                    Ok(_) => {}
+                    Err(place) => {
+                        bad.fetch_min(place, Ordering::Relaxed);
+                    }
                 }
             })?;
         }
+        set.refuse_bad_id(bags, bad.into_inner())?;
         for (range, len) in ranges.iter_mut().zip(lens) {
             range.end = range.start + len.into_inner();
         }
@@ -135,36 +141,9 @@ fn bits(n: usize) -> u32 {
     usize::BITS - n.saturating_sub(1).max(1).leading_zeros()
 }
 
-/// Refuses an id that its table does not have, the first of them.
-pub(crate) fn check_ids(set: &TableSet, bags: &Bags, ctx: &Context) -> Result<()> {
-    let bad = AtomicUsize::new(usize::MAX);
-    let ids = |f: usize| bags.feature_bounds(f);
-    let sizes: Vec<_> = (0..set.features.len())
-        .map(|f| pieces::Size { units: ids(f).len(), lines: ids(f).len() / 8 })
-        .collect();
-    pieces::for_each(ctx, &sizes, |f, units| {
-        let start = ids(f).start;
-        let positions = start + units.start..start + units.end;
-        let rows = set.specs[set.features[f].table].rows;
-        let found = with_ids!(bags.ids, |ids| first_bad(&ids[positions.clone()], rows));
-        if let Some(found) = found {
-            bad.fetch_min(positions.start + found, Ordering::Relaxed);
-        }
-    })?;
-    match bad.into_inner() {
-        usize::MAX => Ok(()),
-        position => Err(set.bad_id(bags, position)),
-    }
-}
-
-/// Ids that look up a table.
-fn ids_of(set: &TableSet, bags: &Bags, table: usize) -> usize {
-    let features = set.features.iter().enumerate();
-    let lens = features.filter(|(_, feature)| feature.table == table);
-    lens.map(|(f, _)| bags.feature_bounds(f).len()).sum()
-}
-
-/// Writes the occurrences of a table, in the order of the call; returns how many.
+/// Writes the occurrences of a table, in the order of the call; returns how many, or the place of the first bad id.
+///
+/// Every id is read once, so that what was checked is what is used.
 fn collect<I: Id>(
     set: &TableSet,
     bags: &Bags,
@@ -173,20 +152,21 @@ fn collect<I: Id>(
     padding: bool,
     place_bits: u32,
     into: &mut [u64],
-) -> usize {
+) -> std::result::Result<usize, usize> {
+    let rows = set.specs[table].rows as u64;
     let mut len = 0;
-    for (f, feature) in set.features.iter().enumerate() {
-        if feature.table != table {
-            continue;
-        }
-        let skip = feature.padding.filter(|_| !padding).map_or(u64::MAX, |p| p as u64);
+    for &f in &set.features_of[table] {
+        let skip = set.features[f].padding.filter(|_| !padding).map_or(u64::MAX, |p| p as u64);
         for place in bags.feature_bounds(f) {
             let row = ids[place].row();
+            if row >= rows {
+                return Err(place);
+            }
             into[len] = row << place_bits | place as u64;
             len += usize::from(row != skip);
         }
     }
-    len
+    Ok(len)
 }
 
 /// Sorts by the `key_bits` bits above `shift`; stable. Radix sort, least significant digit first.

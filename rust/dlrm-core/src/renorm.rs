@@ -1,10 +1,11 @@
 //! `max_norm`: looked-up rows scaled down to a norm, as `torch.embedding_renorm_` does before a lookup.
 
 use crate::bags::Bags;
-use crate::gradient::{self, Sources};
+use crate::gradient;
 use crate::kernels::Simd;
 use crate::kernels::touched::Rule;
 use crate::occurrences::Occurrences;
+use crate::sources::Sources;
 use crate::table_set::TableSet;
 use crate::{Context, Error, Result};
 
@@ -48,13 +49,14 @@ impl TableSet {
             return Err(Error::argument("norm_type", "a number above 0", norm_type));
         }
         self.check_bags(bags)?;
+        self.check_weights(bags)?; // a lookup with them follows: what it would refuse is refused before any row changes
         let every = vec![true; self.specs.len()];
         let occurrences = Occurrences::sorted(self, bags, &every, true, ctx)?;
-        let sources = Sources::none(bags.ids.len());
+        let sources = Sources::none();
         let rule = Renorm { max_norm, norm_type };
-        self.inner.write(|inner| {
-            let targets: Vec<_> = inner.tables.iter_mut().map(|table| Some(table.target())).collect();
+        self.tables.write(|tables| {
+            let targets: Vec<_> = tables.iter_mut().map(|table| Some(table.target())).collect();
             gradient::apply(&occurrences, &sources, false, &targets, &rule, ctx)
-        })
+        })?
     }
 }

@@ -32,7 +32,7 @@ impl RowFormat {
     #[must_use]
     pub const fn row_bytes(self, dim: usize) -> usize {
         match self {
-            Self::Fp32 => dim * size_of::<f32>(),
+            Self::Fp32 => dim.saturating_mul(size_of::<f32>()),
         }
     }
 }

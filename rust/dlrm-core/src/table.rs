@@ -1,5 +1,7 @@
 //! One embedding table: its rows and the state that an optimizer keeps beside them.
 
+use std::fmt;
+
 use crate::disjoint::Disjoint;
 use crate::kernels::touched::Target;
 use crate::memory::Memory;
@@ -17,6 +19,27 @@ pub struct TableSpec {
     pub dim: usize,
     /// How a row is stored.
     pub format: RowFormat,
+}
+
+/// Elements of a row at most, so that sizes of outputs do not overflow.
+const MAX_DIM: usize = 1 << 31;
+
+impl TableSpec {
+    /// Bytes of all rows.
+    pub(crate) fn bytes(&self) -> u128 {
+        self.rows as u128 * self.format.row_bytes(self.dim) as u128
+    }
+
+    /// Bytes of the state of an optimizer of this kind.
+    pub(crate) fn state_bytes(&self, kind: Kind) -> u128 {
+        self.rows as u128 * kind.state_len(self.dim) as u128 * size_of::<f32>() as u128
+    }
+}
+
+impl fmt::Display for TableSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "table '{}' of {} rows x {}", self.name, self.rows, self.dim)
+    }
 }
 
 /// Bytes of a table.
@@ -44,7 +67,11 @@ impl Table {
             let argument = format!("embedding_dim of table '{}'", spec.name);
             return Err(Error::argument(argument, "at least 1", 0));
         }
-        let what = format!("table '{}' of {} rows x {}", spec.name, spec.rows, spec.dim);
+        if spec.dim > MAX_DIM {
+            let argument = format!("embedding_dim of table '{}'", spec.name);
+            return Err(Error::argument(argument, format_args!("at most {MAX_DIM}"), spec.dim));
+        }
+        let what = spec.to_string();
         Ok(Self {
             weights: Memory::zeroed(spec.rows, spec.dim, &what, ctx)?,
             state: Memory::zeroed(0, 0, &what, ctx)?,

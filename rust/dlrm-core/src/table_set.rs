@@ -1,7 +1,9 @@
 //! A set of tables and the features that look them up: what is known before the first call.
 
+use std::sync::OnceLock;
+
 use crate::guarded::Guarded;
-use crate::memory::Memory;
+use crate::memory::check_available;
 use crate::optimizers::Kind;
 use crate::table::{Table, TableMemory, TableSpec};
 use crate::{Bags, Context, Error, Pooling, Result};
@@ -24,13 +26,11 @@ pub struct TableSet {
     /// First output column of each feature, then the number of columns.
     columns: Vec<usize>,
     pub(crate) pooled: bool,
-    pub(crate) inner: Guarded<Inner>,
-}
-
-/// What calls read and write.
-pub(crate) struct Inner {
-    pub(crate) tables: Vec<Table>,
-    pub(crate) optimizer: Option<Kind>,
+    /// The features of each table.
+    pub(crate) features_of: Vec<Vec<usize>>,
+    /// Apart from the tables, so that it can be asked for without their lock.
+    optimizer: OnceLock<Kind>,
+    pub(crate) tables: Guarded<Vec<Table>>,
 }
 
 /// Where a feature's output rows are.
@@ -62,9 +62,14 @@ impl TableSet {
         for feature in &features {
             columns.push(columns[columns.len() - 1] + specs[feature.table].dim);
         }
+        let mut features_of = vec![Vec::new(); specs.len()];
+        for (f, feature) in features.iter().enumerate() {
+            features_of[feature.table].push(f);
+        }
+        check_available(specs.iter().map(TableSpec::bytes).sum(), &describe(&specs))?;
         let tables = specs.iter().map(|spec| Table::new(spec.clone(), ctx));
-        let inner = Inner { tables: tables.collect::<Result<_>>()?, optimizer: None };
-        Ok(Self { specs, features, columns, pooled, inner: Guarded::new(inner) })
+        let tables = Guarded::new(tables.collect::<Result<_>>()?);
+        Ok(Self { specs, features, features_of, columns, pooled, optimizer: OnceLock::new(), tables })
     }
 
     /// What the tables are.
@@ -82,59 +87,50 @@ impl TableSet {
     /// The optimizer of [`TableSet::update`].
     #[must_use]
     pub fn optimizer(&self) -> Option<Kind> {
-        self.inner.read(|inner| inner.optimizer)
+        self.optimizer.get().copied()
     }
 
     /// Chooses the optimizer of [`TableSet::update`], once, and gives every table zeroed state for it.
     pub fn set_optimizer(&self, kind: Kind, ctx: &Context) -> Result<()> {
-        self.inner.write(|inner| {
-            if let Some(chosen) = inner.optimizer {
-                return Err(Error::argument(
-                    "optimizer",
-                    "to be chosen once",
-                    format_args!("{chosen}, then {kind}"),
-                ));
+        check_available(
+            self.specs.iter().map(|spec| spec.state_bytes(kind)).sum(),
+            &format!("{kind} state of {}", describe(&self.specs)),
+        )?;
+        self.tables.write(|tables| {
+            if let Some(chosen) = self.optimizer.get() {
+                let got = format!("{chosen}, then {kind}");
+                return Err(Error::argument("optimizer", "to be chosen once", got));
             }
-            let states = inner.tables.iter().map(|table| table.new_state(kind, ctx));
+            let states = tables.iter().map(|table| table.new_state(kind, ctx));
             let states = states.collect::<Result<Vec<_>>>()?;
-            for (table, state) in inner.tables.iter_mut().zip(states) {
+            for (table, state) in tables.iter_mut().zip(states) {
                 table.state = state;
             }
-            inner.optimizer = Some(kind);
+            self.optimizer.get_or_init(|| kind);
             Ok(())
-        })
+        })?
     }
 
     /// Calls `f` with the rows of a table, `(N, D)`, while no other call reads or writes the set.
-    pub fn write<R>(&self, table: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-        self.memory_mut(table, |t| &mut t.weights, f)
+    pub fn write<R>(&self, table: usize, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        self.tables.write(|tables| f(tables[table].weights.as_mut_slice()))
     }
 
     /// Calls `f` with the optimizer state of a table, `(N, Kind::state_len(D))`, likewise.
-    pub fn write_state<R>(&self, table: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-        self.memory_mut(table, |t| &mut t.state, f)
-    }
-
-    fn memory_mut<R>(
-        &self,
-        table: usize,
-        memory: impl FnOnce(&mut Table) -> &mut Memory,
-        f: impl FnOnce(&mut [f32]) -> R,
-    ) -> R {
-        self.inner.write(|inner| f(memory(&mut inner.tables[table]).as_mut_slice()))
+    pub fn write_state<R>(&self, table: usize, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        self.tables.write(|tables| f(tables[table].state.as_mut_slice()))
     }
 
     /// Bytes of every table.
-    #[must_use]
-    pub fn memory_report(&self) -> Vec<TableMemory> {
-        self.inner.read(|inner| inner.tables.iter().map(Table::memory).collect())
+    pub fn memory_report(&self) -> Result<Vec<TableMemory>> {
+        self.tables.read(|tables| tables.iter().map(Table::memory).collect())
     }
 
     /// Elements of the output of a call.
     #[must_use]
     pub fn output_len(&self, bags: &Bags) -> usize {
         if self.pooled {
-            bags.batch * self.columns[self.features.len()]
+            bags.batch.saturating_mul(self.columns[self.features.len()])
         } else {
             let lens = (0..self.features.len()).map(|f| bags.feature_bounds(f).len() * self.dim(f));
             lens.sum()
@@ -177,21 +173,32 @@ impl TableSet {
         Err(Error::argument(argument, format_args!("{expected} elements"), len))
     }
 
-    /// The error for the bad id at `position`.
-    pub(crate) fn bad_id(&self, bags: &Bags, position: usize) -> Error {
+    /// Refuses the bad id at `position`, if it is one: `usize::MAX` is none.
+    pub(crate) fn refuse_bad_id(&self, bags: &Bags, position: usize) -> Result<()> {
+        if position == usize::MAX {
+            return Ok(());
+        }
         let bag = bags.bag_of(position);
         let feature = bag / bags.batch;
         let spec = &self.specs[self.features[feature].table];
         let within =
             if self.pooled { bag % bags.batch } else { position - bags.feature_bounds(feature).start };
-        Error::Id {
+        Err(Error::Id {
             position,
             id: bags.ids.get(position),
             table: spec.name.clone(),
             rows: spec.rows,
             feature,
             bag: within,
-        }
+        })
+    }
+}
+
+/// Tables in messages.
+fn describe(specs: &[TableSpec]) -> String {
+    match specs {
+        [spec] => spec.to_string(),
+        _ => format!("{} tables", specs.len()),
     }
 }
 

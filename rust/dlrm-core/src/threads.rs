@@ -4,12 +4,14 @@
 //! works too; the others take parts from the same counter, so uneven parts even out. Which thread runs which part
 //! never shows in a result.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::available_parallelism;
 
 use rayon_core::{ThreadPool, ThreadPoolBuilder};
 
-use crate::fork::ForkLocal;
+use crate::float_environment::FloatEnvironment;
+use crate::fork::{ForkLocal, Stamped};
 use crate::{Context, Error, Result};
 
 /// Environment variable that sets the number of threads.
@@ -65,6 +67,7 @@ fn check(n: i64, argument: &str, got: impl std::fmt::Display) -> Result<usize> {
 /// Runs `part(0)` to `part(parts - 1)`, each once, on the threads of `ctx`; `lines` is the cache lines they touch in all.
 pub(crate) fn for_each(ctx: &Context, parts: usize, lines: usize, part: impl Fn(usize) + Sync) -> Result<()> {
     let threads = if lines < SMALL { 1 } else { ctx.threads.min(parts) };
+    let _standard = FloatEnvironment::standard();
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let take = || {
@@ -87,7 +90,7 @@ pub(crate) fn for_each(ctx: &Context, parts: usize, lines: usize, part: impl Fn(
     if threads <= 1 {
         work_and_poll();
     } else {
-        pool(threads - 1)?.value.in_place_scope(|scope| {
+        pool(ctx.threads - 1)?.value.in_place_scope(|scope| {
             for _ in 1..threads {
                 scope.spawn(|_| work());
             }
@@ -98,7 +101,7 @@ pub(crate) fn for_each(ctx: &Context, parts: usize, lines: usize, part: impl Fn(
 }
 
 /// This process's pool, of at least `workers` threads.
-fn pool(workers: usize) -> Result<std::sync::Arc<crate::fork::Stamped<ThreadPool>>> {
+fn pool(workers: usize) -> Result<Arc<Stamped<ThreadPool>>> {
     POOL.get_or_try_make(
         |pool| pool.current_num_threads() >= workers,
         || {

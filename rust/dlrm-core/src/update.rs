@@ -2,7 +2,7 @@
 
 use crate::bags::Bags;
 use crate::gradient::{Backward, Gradient};
-use crate::optimizers::Optimizer;
+use crate::optimizers::{Kind, Optimizer};
 use crate::table_set::TableSet;
 use crate::{Context, Error, Result};
 
@@ -18,13 +18,13 @@ impl TableSet {
         optimizer: &Optimizer,
         ctx: &Context,
     ) -> Result<()> {
+        if self.optimizer() != Some(optimizer.kind()) {
+            let expected = self.optimizer().map_or("a set with one chosen", Kind::name);
+            return Err(Error::argument("optimizer", expected, optimizer.kind()));
+        }
         let backward = Backward::new(self, bags, gradient, ctx)?;
-        self.inner.write(|inner| {
-            if inner.optimizer != Some(optimizer.kind()) {
-                let expected = inner.optimizer.map_or("set_optimizer first", |kind| kind.name());
-                return Err(Error::argument("optimizer", expected, optimizer.kind()));
-            }
-            let tables = inner.tables.iter_mut().zip(gradient.trainable);
+        self.tables.write(|tables| {
+            let tables = tables.iter_mut().zip(gradient.trainable);
             let targets: Vec<_> =
                 tables.map(|(table, &trainable)| trainable.then(|| table.target())).collect();
             match optimizer {
@@ -32,6 +32,6 @@ impl TableSet {
                 Optimizer::Adagrad(rule) => backward.apply(&targets, rule, ctx),
                 Optimizer::RowWiseAdagrad(rule) => backward.apply(&targets, rule, ctx),
             }
-        })
+        })?
     }
 }

@@ -146,3 +146,17 @@ fn poll_ends_a_lookup() {
     let ended = set.lookup(&bags, &mut vec![0.0; set.output_len(&bags)], None, &ctx);
     assert_eq!(ended, Err(Error::Interrupted));
 }
+
+#[test]
+fn a_call_from_poll_on_the_same_tables_is_refused() {
+    let case = large_case(Pooling::Sum);
+    let (set, arrays) = (case.set(&Context::default()), case.arrays());
+    let bags = case.call(&arrays);
+    let poll = || {
+        assert_eq!(set.write(0, |_| ()), Err(Error::Reentered));
+        false
+    };
+    let ctx = Context { poll: &poll, ..Context::default() };
+    set.lookup(&bags, &mut vec![0.0; set.output_len(&bags)], None, &ctx).unwrap();
+    assert_eq!(set.write(0, |_| ()), Ok(()));
+}

@@ -184,7 +184,7 @@ fn trained(case: &Case, kind: Kind, values: &[f64], steps: usize, ctx: &Context)
         set.update(&case.call(&arrays), &from.gradient(false), &optimizer, ctx).unwrap();
     }
     (0..case.tables.len())
-        .flat_map(|t| [set.write(t, |w| w.to_vec()), set.write_state(t, |s| s.to_vec())])
+        .flat_map(|t| [set.write(t, |w| w.to_vec()).unwrap(), set.write_state(t, |s| s.to_vec()).unwrap()])
         .collect()
 }
 
@@ -269,8 +269,11 @@ fn a_refused_update_changes_nothing() {
     let mut arrays = case.arrays();
     let from = from_model(&case, &set, &arrays);
     let optimizer = Optimizer::new(Kind::Adagrad, &[0.1, 1e-10]).unwrap();
-    let all =
-        || (0..3).map(|t| (bits(&set.write(t, |w| w.to_vec())), bits(&set.write_state(t, |s| s.to_vec()))));
+    let all = || {
+        (0..3).map(|t| {
+            (bits(&set.write(t, |w| w.to_vec()).unwrap()), bits(&set.write_state(t, |s| s.to_vec()).unwrap()))
+        })
+    };
     let before: Vec<_> = all().collect();
     let last = arrays.wide.len() - 1;
     let good = std::mem::replace(&mut arrays.wide[last], 5000);
@@ -299,18 +302,22 @@ fn a_table_that_is_not_trainable_stays() {
     set.set_optimizer(Kind::Sgd, &ctx).unwrap();
     let mut from = from_model(&case, &set, &arrays);
     from.trainable = vec![true, false, true];
-    let before: Vec<_> = (0..3).map(|t| set.write(t, |w| w.to_vec())).collect();
+    let before: Vec<_> = (0..3).map(|t| set.write(t, |w| w.to_vec()).unwrap()).collect();
     let optimizer = Optimizer::new(Kind::Sgd, &[0.1]).unwrap();
     set.update(&case.call(&arrays), &from.gradient(false), &optimizer, &ctx).unwrap();
-    let same: Vec<_> = (0..3).map(|t| set.write(t, |w| bits(w)) == bits(&before[t])).collect();
+    let same: Vec<_> = (0..3).map(|t| set.write(t, |w| bits(w)).unwrap() == bits(&before[t])).collect();
     assert_eq!(same, [false, true, false]);
 }
 
 #[test]
 fn hyperparameters_are_checked() {
-    for (values, words) in
-        [(&[-0.1, 1e-8][..], "lr"), (&[0.1, 0.0], "eps"), (&[f64::NAN, 1e-8], "lr"), (&[0.1], "hyper")]
-    {
+    for (values, words) in [
+        (&[-0.1, 1e-8][..], "lr"),
+        (&[0.1, 0.0], "eps"),
+        (&[f64::NAN, 1e-8], "lr"),
+        (&[1.0, 1e-39], "eps: expected a number so large"),
+        (&[0.1], "hyper"),
+    ] {
         let message = Optimizer::new(Kind::Adagrad, values).unwrap_err().to_string();
         assert!(message.starts_with(words), "{message}");
     }
@@ -324,7 +331,7 @@ fn renorm_scales_long_rows_down_and_leaves_the_others() {
         for ctx in contexts() {
             let (set, arrays) = (case.set(&ctx), case.arrays());
             set.renorm(&case.call(&arrays), 1.5, norm_type, &ctx).unwrap();
-            let after: Vec<_> = (0..3).map(|t| bits(&set.write(t, |w| w.to_vec()))).collect();
+            let after: Vec<_> = (0..3).map(|t| bits(&set.write(t, |w| w.to_vec()).unwrap())).collect();
             assert!(first.get_or_insert_with(|| after.clone()) == &after);
         }
         let named: Vec<_> =

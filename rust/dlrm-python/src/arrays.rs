@@ -1,14 +1,12 @@
 //! NumPy arrays as the slices that the engine takes: checked, never converted.
 
-use dlrm_core::{Bags, Ids, Offsets};
+use dlrm_core::{Bags, Ids, Offsets, Result, TableSet};
 use numpy::{
     Element, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArrayDyn, PyUntypedArray,
     PyUntypedArrayMethods,
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-
-use crate::error::BindingError;
 
 /// Ids or offsets.
 pub(crate) enum Integers<'py> {
@@ -48,18 +46,33 @@ impl<'py> BagArrays<'py> {
         })
     }
 
-    pub(crate) fn bags(&self, features: usize, batch_size: usize) -> PyResult<Bags<'_>> {
-        let ids = match &self.indices {
-            Integers::I32(ids) => Ids::I32(ids.as_slice()?),
-            Integers::I64(ids) => Ids::I64(ids.as_slice()?),
-        };
-        let offsets = match &self.offsets {
-            None => Offsets::Even,
-            Some(Integers::I32(offsets)) => Offsets::I32(offsets.as_slice()?),
-            Some(Integers::I64(offsets)) => Offsets::I64(offsets.as_slice()?),
-        };
-        let weights = self.per_sample_weights.as_ref().map(|w| w.as_slice()).transpose()?;
-        Ok(Bags::new(ids, offsets, features, batch_size, weights).map_err(BindingError)?)
+    pub(crate) fn slices(&self) -> PyResult<BagSlices<'_>> {
+        Ok(BagSlices {
+            ids: match &self.indices {
+                Integers::I32(ids) => Ids::I32(ids.as_slice()?),
+                Integers::I64(ids) => Ids::I64(ids.as_slice()?),
+            },
+            offsets: match &self.offsets {
+                None => Offsets::Even,
+                Some(Integers::I32(offsets)) => Offsets::I32(offsets.as_slice()?),
+                Some(Integers::I64(offsets)) => Offsets::I64(offsets.as_slice()?),
+            },
+            per_sample_weights: self.per_sample_weights.as_ref().map(|w| w.as_slice()).transpose()?,
+        })
+    }
+}
+
+/// The same without Python, to be checked without the GIL.
+#[derive(Clone, Copy)]
+pub(crate) struct BagSlices<'a> {
+    pub(crate) ids: Ids<'a>,
+    offsets: Offsets<'a>,
+    per_sample_weights: Option<&'a [f32]>,
+}
+
+impl<'a> BagSlices<'a> {
+    pub(crate) fn bags(&self, set: &TableSet, batch_size: usize) -> Result<Bags<'a>> {
+        Bags::new(self.ids, self.offsets, set.features().len(), batch_size, self.per_sample_weights)
     }
 }
 
@@ -100,11 +113,13 @@ fn typed<'a, 'py, T: Element>(
 }
 
 fn check_contiguous<T: Element>(name: &str, array: &Bound<'_, PyArrayDyn<T>>) -> PyResult<()> {
-    if array.is_c_contiguous() {
+    let aligned = array.data().is_aligned();
+    if array.is_c_contiguous() && aligned {
         return Ok(());
     }
-    let strides = array.strides();
-    Err(PyValueError::new_err(format!("{name}: expected a C-contiguous array, got strides {strides:?}")))
+    let (strides, aligned) = (array.strides(), if aligned { "aligned" } else { "unaligned" });
+    let expected = "a C-contiguous array, aligned to its elements";
+    Err(PyValueError::new_err(format!("{name}: expected {expected}, got strides {strides:?}, {aligned}")))
 }
 
 fn wrong_type(name: &str, expected: &str, got: &Bound<'_, PyAny>) -> PyErr {

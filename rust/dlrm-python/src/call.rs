@@ -1,9 +1,15 @@
 //! How the engine is called: without the GIL, and so that Ctrl-C ends a long call.
+//!
+//! Whatever takes the lock of tables goes through [`call`]. A call that holds the lock may wait for the GIL, to look at
+//! the signals; who waited for the lock with the GIL would wait for ever.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use dlrm_core::{Context, Error, Result};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 use crate::error::BindingError;
@@ -17,11 +23,20 @@ pub(crate) fn call<R: Send>(py: Python<'_>, f: impl FnOnce(&Context<'_>) -> Resu
         let signals = Signals { looked: Cell::new(Instant::now()), raised: RefCell::new(None) };
         let poll = || signals.raised();
         let context = Context { poll: &poll, ..Context::new().map_err(BindingError)? };
-        match (f(&context), signals.raised.take()) {
+        let result = catch_unwind(AssertUnwindSafe(|| f(&context))).map_err(failed)?;
+        match (result, signals.raised.take()) {
             (Err(Error::Interrupted), Some(raised)) => Err(raised),
             (result, _) => Ok(result.map_err(BindingError)?),
         }
     })
+}
+
+/// The engine panics only when arrays that it reads change meanwhile; no table has been written then.
+fn failed(panic: Box<dyn Any + Send>) -> PyErr {
+    let text = panic.downcast::<String>().map_or_else(|_| "panic".to_owned(), |text| *text);
+    PyRuntimeError::new_err(format!(
+        "expected indices and offsets to stay as they are during a call, and the engine failed: {text}"
+    ))
 }
 
 struct Signals {

@@ -2,7 +2,9 @@
 
 use dlrm_core::Error;
 use pyo3::PyErr;
-use pyo3::exceptions::{PyIndexError, PyKeyboardInterrupt, PyMemoryError, PyOSError, PyValueError};
+use pyo3::exceptions::{
+    PyIndexError, PyKeyboardInterrupt, PyMemoryError, PyOSError, PyRuntimeError, PyValueError,
+};
 
 /// An engine error on its way to Python.
 pub(crate) struct BindingError(pub(crate) Error);
@@ -21,6 +23,7 @@ impl From<BindingError> for PyErr {
             Error::Argument { .. } => PyValueError::new_err(message),
             Error::Memory { .. } => PyMemoryError::new_err(message),
             Error::Threads { .. } => PyOSError::new_err(message),
+            Error::Reentered => PyRuntimeError::new_err(message),
             Error::Interrupted => PyKeyboardInterrupt::new_err(message),
         }
     }

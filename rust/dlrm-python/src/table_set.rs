@@ -15,7 +15,6 @@ use crate::arrays::{BagArrays, input, output};
 use crate::call::call;
 use crate::error::BindingError;
 
-type Array1<'py> = Bound<'py, PyArray1<f32>>;
 type Array2<'py> = Bound<'py, PyArray2<f32>>;
 /// Touched rows and their gradients.
 type Sparse<'py> = (Bound<'py, PyArray1<i64>>, Array2<'py>);
@@ -47,7 +46,7 @@ impl TableSet {
     fn weight<'py>(slf: &Bound<'py, Self>, table: usize) -> PyResult<Array2<'py>> {
         let this = slf.get();
         let spec = this.spec(table)?;
-        let start = slf.py().detach(|| this.0.write(table, |rows| rows.as_mut_ptr() as usize));
+        let start = call(slf.py(), |_| this.0.write(table, |rows| rows.as_mut_ptr() as usize))?;
         // SAFETY: the rows of a table are `rows * dim` floats that stay where they are while the set lives.
         Ok(unsafe { view(slf, start, [spec.rows, spec.dim]) })
     }
@@ -60,7 +59,7 @@ impl TableSet {
     fn optimizer_state<'py>(slf: &Bound<'py, Self>, table: usize) -> PyResult<Bound<'py, PyDict>> {
         let this = slf.get();
         let spec = this.spec(table)?;
-        let start = slf.py().detach(|| this.0.write_state(table, |state| state.as_mut_ptr() as usize));
+        let start = call(slf.py(), |_| this.0.write_state(table, |state| state.as_mut_ptr() as usize))?;
         let state = PyDict::new(slf.py());
         // SAFETY: the state is `rows * state_len` floats, allocated once, that stay where they are while the set lives.
         unsafe {
@@ -84,12 +83,12 @@ impl TableSet {
         argmax: Option<Any<'_, '_>>,
     ) -> PyResult<()> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
-        let bags = arrays.bags(self.features(), batch_size)?;
+        let slices = arrays.slices()?;
         let mut out = output("out", out)?;
         let mut argmax = argmax.map(|a| output("argmax", a)).transpose()?;
         let out = out.as_slice_mut()?;
         let argmax = argmax.as_mut().map(|a| a.as_slice_mut()).transpose()?;
-        call(py, |ctx| self.0.lookup(&bags, out, argmax, ctx))
+        call(py, |ctx| self.0.lookup(&slices.bags(&self.0, batch_size)?, out, argmax, ctx))
     }
 
     fn renorm(
@@ -98,12 +97,13 @@ impl TableSet {
         indices: Any<'_, '_>,
         offsets: Option<Any<'_, '_>>,
         batch_size: usize,
+        per_sample_weights: Option<Any<'_, '_>>,
         max_norm: f64,
         norm_type: f64,
     ) -> PyResult<()> {
-        let arrays = BagArrays::new(indices, offsets, None)?;
-        let bags = arrays.bags(self.features(), batch_size)?;
-        call(py, |ctx| self.0.renorm(&bags, max_norm, norm_type, ctx))
+        let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
+        let slices = arrays.slices()?;
+        call(py, |ctx| self.0.renorm(&slices.bags(&self.0, batch_size)?, max_norm, norm_type, ctx))
     }
 
     fn update(
@@ -120,7 +120,7 @@ impl TableSet {
         hyperparameters: &Bound<'_, PyMapping>,
     ) -> PyResult<()> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
-        let bags = arrays.bags(self.features(), batch_size)?;
+        let slices = arrays.slices()?;
         let gradient = GradientArrays::new(argmax, grad, trainable, scale_grad_by_freq)?;
         let gradient = gradient.gradient()?;
         let kind =
@@ -128,7 +128,7 @@ impl TableSet {
         let values = kind.hyperparameters().iter().map(|name| hyperparameter(hyperparameters, name));
         let values = values.collect::<PyResult<Vec<f64>>>()?;
         let optimizer = Optimizer::new(kind, &values).map_err(BindingError)?;
-        call(py, |ctx| self.0.update(&bags, &gradient, &optimizer, ctx))
+        call(py, |ctx| self.0.update(&slices.bags(&self.0, batch_size)?, &gradient, &optimizer, ctx))
     }
 
     fn dense_gradient<'py>(
@@ -144,21 +144,23 @@ impl TableSet {
         scale_grad_by_freq: bool,
     ) -> PyResult<Vec<Option<Bound<'py, PyAny>>>> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
-        let bags = arrays.bags(self.features(), batch_size)?;
+        let slices = arrays.slices()?;
         let gradient = GradientArrays::new(argmax, grad, trainable, scale_grad_by_freq)?;
         let gradient = gradient.gradient()?;
         let wanted = self.0.specs().iter().zip(gradient.trainable);
         let zeros =
-            |(spec, trainable): (&TableSpec, &bool)| trainable.then(|| zeros(py, spec.rows, spec.dim));
+            |(spec, trainable): (&TableSpec, &bool)| trainable.then(|| zeros(py, (spec.rows, spec.dim)));
         let into = wanted.map(|table| zeros(table).transpose()).collect::<PyResult<Vec<_>>>()?;
         let mut arrays =
             into.iter().flatten().map(|a| output("gradient", a)).collect::<PyResult<Vec<_>>>()?;
-        let mut slices = arrays.iter_mut().map(|a| a.as_slice_mut());
+        let mut written = arrays.iter_mut().map(|a| a.as_slice_mut());
         let mut tables = Vec::with_capacity(into.len());
         for array in &into {
-            tables.push(array.as_ref().and_then(|_| slices.next()).transpose()?);
+            tables.push(array.as_ref().and_then(|_| written.next()).transpose()?);
         }
-        call(py, |ctx| self.0.dense_gradient(&bags, &gradient, &mut tables, ctx))?;
+        call(py, |ctx| {
+            self.0.dense_gradient(&slices.bags(&self.0, batch_size)?, &gradient, &mut tables, ctx)
+        })?;
         Ok(into)
     }
 
@@ -175,10 +177,11 @@ impl TableSet {
         scale_grad_by_freq: bool,
     ) -> PyResult<Vec<Option<Sparse<'py>>>> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
-        let bags = arrays.bags(self.features(), batch_size)?;
+        let slices = arrays.slices()?;
         let gradient = GradientArrays::new(argmax, grad, trainable, scale_grad_by_freq)?;
         let gradient = gradient.gradient()?;
-        let sparse = call(py, |ctx| self.0.sparse_gradient(&bags, &gradient, ctx))?;
+        let sparse =
+            call(py, |ctx| self.0.sparse_gradient(&slices.bags(&self.0, batch_size)?, &gradient, ctx))?;
         let array = |(table, spec): (Option<dlrm_core::SparseRows>, &TableSpec)| {
             let Some(table) = table else { return Ok(None) };
             let shape = [table.rows.len(), spec.dim];
@@ -195,18 +198,22 @@ impl TableSet {
         offsets: Option<Any<'_, '_>>,
         batch_size: usize,
         grad: Any<'_, '_>,
-    ) -> PyResult<Array1<'py>> {
+    ) -> PyResult<Bound<'py, PyAny>> {
         let arrays = BagArrays::new(indices, offsets, None)?;
-        let bags = arrays.bags(self.features(), batch_size)?;
+        let slices = arrays.slices()?;
         let grad = input("grad", grad)?;
         let grad = grad.as_slice()?;
-        let mut into = vec![0.0; bags.len()];
-        call(py, |ctx| self.0.per_sample_weights_gradient(&bags, grad, &mut into, ctx))?;
-        Ok(PyArray1::from_vec(py, into))
+        let into = zeros(py, slices.ids.len())?;
+        let mut array = output("gradient", &into)?;
+        let slice = array.as_slice_mut()?;
+        call(py, |ctx| {
+            self.0.per_sample_weights_gradient(&slices.bags(&self.0, batch_size)?, grad, slice, ctx)
+        })?;
+        Ok(into)
     }
 
     fn memory_report<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
-        let tables = py.detach(|| self.0.memory_report());
+        let tables = call(py, |_| self.0.memory_report())?;
         let dict = |table: dlrm_core::TableMemory| {
             let dict = PyDict::new(py);
             dict.set_item("payload", table.payload)?;
@@ -219,10 +226,6 @@ impl TableSet {
 }
 
 impl TableSet {
-    fn features(&self) -> usize {
-        self.0.features().len()
-    }
-
     fn spec(&self, table: usize) -> PyResult<&TableSpec> {
         let tables = self.0.specs().len();
         let missing = || PyIndexError::new_err(format!("table: expected below {tables}, got {table}"));
@@ -269,8 +272,8 @@ fn hyperparameter(group: &Bound<'_, PyMapping>, name: &str) -> PyResult<f64> {
 }
 
 /// NumPy's own, which raises where the memory cannot be had.
-fn zeros(py: Python<'_>, rows: usize, columns: usize) -> PyResult<Bound<'_, PyAny>> {
-    py.import("numpy")?.call_method1("zeros", ((rows, columns), "float32"))
+fn zeros<'py>(py: Python<'py>, shape: impl IntoPyObject<'py>) -> PyResult<Bound<'py, PyAny>> {
+    py.import("numpy")?.call_method1("zeros", (shape, "float32"))
 }
 
 /// A NumPy array over memory of the set, which it keeps alive.

@@ -34,12 +34,23 @@ macro_rules! have {
     };
 }
 
-/// The mask of the first `n` lanes of a register.
-#[inline(always)]
-fn first(n: usize) -> __m256i {
-    const ONES_THEN_ZEROS: [i32; 2 * HALF] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
-    let window = &ONES_THEN_ZEROS[HALF - n.min(HALF)..][..HALF];
-    have!(_mm256_loadu_si256(window.as_ptr().cast()))
+impl Avx2 {
+    /// The mask of the first `n` lanes of a register.
+    #[inline(always)]
+    fn first(self, n: usize) -> __m256i {
+        const ONES_THEN_ZEROS: [i32; 2 * HALF] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+        let window = &ONES_THEN_ZEROS[HALF - n.min(HALF)..][..HALF];
+        have!(_mm256_loadu_si256(window.as_ptr().cast()))
+    }
+
+    /// [`Simd::same_bits`] of half a vector.
+    #[inline(always)]
+    fn same_half(self, a: __m256, b: __m256) -> __m256 {
+        have!({
+            let same = _mm256_cmpeq_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b));
+            _mm256_castsi256_ps(same)
+        })
+    }
 }
 
 impl Simd for Avx2 {
@@ -97,11 +108,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn same_bits(self, a: Pair, b: Pair) -> Pair {
-        #[inline(always)]
-        fn half(a: __m256, b: __m256) -> __m256 {
-            have!(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))))
-        }
-        [half(a[0], b[0]), half(a[1], b[1])]
+        [self.same_half(a[0], b[0]), self.same_half(a[1], b[1])]
     }
 
     #[inline(always)]
@@ -119,8 +126,8 @@ impl Simd for Avx2 {
     fn load_partial(self, from: &[f32]) -> Pair {
         let (low, high) = from.split_at(from.len().min(HALF));
         have!([
-            _mm256_maskload_ps(low.as_ptr(), first(low.len())),
-            _mm256_maskload_ps(high.as_ptr(), first(high.len()))
+            _mm256_maskload_ps(low.as_ptr(), self.first(low.len())),
+            _mm256_maskload_ps(high.as_ptr(), self.first(high.len()))
         ])
     }
 
@@ -128,8 +135,8 @@ impl Simd for Avx2 {
     fn store_partial(self, to: &mut [f32], v: Pair) {
         let (low, high) = to.split_at_mut(to.len().min(HALF));
         have!({
-            _mm256_maskstore_ps(low.as_mut_ptr(), first(low.len()), v[0]);
-            _mm256_maskstore_ps(high.as_mut_ptr(), first(high.len()), v[1]);
+            _mm256_maskstore_ps(low.as_mut_ptr(), self.first(low.len()), v[0]);
+            _mm256_maskstore_ps(high.as_mut_ptr(), self.first(high.len()), v[1]);
         });
     }
 }

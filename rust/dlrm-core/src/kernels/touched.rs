@@ -13,8 +13,9 @@
 use super::sum::{Terms, load, sum};
 use super::{Kernel, LANES, Simd};
 use crate::disjoint::Disjoint;
-use crate::gradient::Sources;
+
 use crate::occurrences::Run;
+use crate::sources::Sources;
 
 /// Occurrences that are added up before they are added to the row's sum.
 const BLOCK: usize = 512;

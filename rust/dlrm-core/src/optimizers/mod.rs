@@ -94,8 +94,8 @@ pub enum Optimizer {
 impl Optimizer {
     /// The optimizer of this kind with the values of its [`Kind::hyperparameters`].
     ///
-    /// `lr` is finite and at least 0; `eps` is finite and above 0, since 0 would make NaN of an element that never had
-    /// a gradient.
+    /// `lr` is finite and at least 0; `eps` is above 0 and `lr / eps` finite, else an element that never had a gradient
+    /// would become NaN.
     pub fn new(kind: Kind, values: &[f64]) -> Result<Self> {
         let names = kind.hyperparameters();
         if values.len() != names.len() {
@@ -105,13 +105,17 @@ impl Optimizer {
         let mut eps = 0.0;
         for (&name, &value) in names.iter().zip(values) {
             let (slot, fits, expected) = match name {
-                "lr" => (&mut lr, value >= 0.0, "a finite number, at least 0"),
-                _ => (&mut eps, value as f32 > 0.0, "a finite number above 0"),
+                "lr" => (&mut lr, value >= 0.0, "a finite number in float32, at least 0"),
+                _ => (&mut eps, value as f32 > 0.0, "a finite number above 0 in float32"),
             };
             if !fits || !(value as f32).is_finite() {
-                return Err(Error::argument(name, expected, value));
+                return Err(Error::argument(name, expected, format_args!("{value:e}")));
             }
             *slot = value as f32;
+        }
+        if names.contains(&"eps") && !(lr / eps).is_finite() {
+            let expected = "a number so large that lr / eps is finite in float32";
+            return Err(Error::argument("eps", expected, format_args!("{eps:e}")));
         }
         Ok(match kind {
             Kind::Sgd => Self::Sgd(Sgd { lr }),

@@ -131,7 +131,8 @@ impl Case {
                 for (i, x) in data.iter_mut().enumerate() {
                     *x = self.weight(t, i / dim, i % dim);
                 }
-            });
+            })
+            .unwrap();
         }
         set
     }

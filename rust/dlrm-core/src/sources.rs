@@ -1,0 +1,137 @@
+//! Where the gradient of every id of a call comes from.
+
+use std::ops::Range;
+
+use crate::bags::{Bags, with_ids};
+use crate::disjoint::Disjoint;
+use crate::kernels::pool::count;
+use crate::lookup::Pooling;
+use crate::memory::zeros;
+use crate::pieces::{self, Size};
+use crate::table_set::{Slot, TableSet};
+use crate::{Context, Result};
+
+/// Where the gradient of every id comes from; indexed by the place in `indices`.
+pub(crate) struct Sources<'a> {
+    pub(crate) grad: &'a [f32],
+    /// First element of the output row that the id went into.
+    pub(crate) starts: Vec<usize>,
+    /// By what that row's gradient is multiplied.
+    pub(crate) scales: Option<Vec<f32>>,
+    pub(crate) argmax: Option<&'a [f32]>,
+    /// The id's place in its bag where that is pooled by max, else -1.
+    pub(crate) places: Option<Vec<i32>>,
+}
+
+/// The part of [`Sources`] that is one piece's.
+struct Part<'a> {
+    starts: &'a mut [usize],
+    scales: Option<&'a mut [f32]>,
+    places: Option<&'a mut [i32]>,
+}
+
+impl<'a> Sources<'a> {
+    /// No gradient at all, for a rule that needs none.
+    pub(crate) const fn none() -> Self {
+        Self { grad: &[], starts: Vec::new(), scales: None, argmax: None, places: None }
+    }
+
+    /// Of the gradient of a lookup's output; `argmax` is there when a feature pools by max.
+    pub(crate) fn new(
+        set: &TableSet,
+        bags: &Bags,
+        grad: &'a [f32],
+        argmax: Option<&'a [f32]>,
+        ctx: &Context,
+    ) -> Result<Self> {
+        const WHAT: &str = "the sources of gradients";
+        let ids = bags.len();
+        let scaled = bags.weights.is_some() || set.features.iter().any(|f| f.pooling == Pooling::Mean);
+        let mut starts = zeros(ids, WHAT)?;
+        let mut scales = scaled.then(|| zeros(ids, WHAT)).transpose()?;
+        let mut places = argmax.map(|_| zeros(ids, WHAT)).transpose()?;
+        {
+            let starts = Disjoint::new(&mut starts);
+            let scales = scales.as_mut().map(|s| Disjoint::new(s));
+            let places = places.as_mut().map(|p| Disjoint::new(p));
+            let slots = set.slots(bags);
+            pieces::for_each(ctx, &sizes(set, bags), |f, units| {
+                let first = bags.feature_bounds(f).start;
+                let positions = first + units.start..first + units.end;
+                #[expect(unsafe_code, reason = "pieces are disjoint")]
+                // SAFETY: features have different ids, and pieces different units: no position is in two of them.
+                let part = unsafe {
+                    Part {
+                        starts: starts.piece(positions.clone()),
+                        scales: scales.as_ref().map(|s| s.piece(positions.clone())),
+                        places: places.as_ref().map(|p| p.piece(positions.clone())),
+                    }
+                };
+                part.fill(set, bags, f, slots[f], positions);
+            })?;
+        }
+        Ok(Self { grad, starts, scales, argmax, places })
+    }
+}
+
+impl Part<'_> {
+    fn fill(mut self, set: &TableSet, bags: &Bags, f: usize, slot: Slot, positions: Range<usize>) {
+        if let Some(scales) = &mut self.scales {
+            match bags.weights {
+                Some(weights) => scales.copy_from_slice(&weights[positions.clone()]),
+                None => scales.fill(1.0),
+            }
+        }
+        if let Some(places) = &mut self.places {
+            places.fill(-1);
+        }
+        if !set.pooled {
+            let first = bags.feature_bounds(f).start;
+            for (start, position) in self.starts.iter_mut().zip(positions) {
+                *start = slot.at(position - first);
+            }
+            return;
+        }
+        let before = positions.start;
+        bags.for_each_bag(positions, |bag, ids| {
+            let own = ids.start - before..ids.end - before;
+            self.starts[own.clone()].fill(slot.at(bags.unit(f, bag)));
+            match set.features[f].pooling {
+                Pooling::Mean => self.divide(own, set.ids_of_bag(bags, f, bag)),
+                Pooling::Max => self.number(own, ids.start - bags.bounds(bag).start),
+                _ => {}
+            }
+        });
+    }
+
+    fn divide(&mut self, own: Range<usize>, by: f32) {
+        for scale in self.scales.iter_mut().flat_map(|scales| &mut scales[own.clone()]) {
+            *scale /= by;
+        }
+    }
+
+    fn number(&mut self, own: Range<usize>, from: usize) {
+        let places = self.places.iter_mut().flat_map(|places| &mut places[own.clone()]);
+        for (i, place) in (from as i32..).zip(places) {
+            *place = i;
+        }
+    }
+}
+
+impl TableSet {
+    /// How many ids of a bag are not padding, at least 1: by what a mean divides.
+    pub(crate) fn ids_of_bag(&self, bags: &Bags, feature: usize, bag: usize) -> f32 {
+        let padding = self.features[feature].padding.map_or(u64::MAX, |p| p as u64);
+        let count = with_ids!(bags.ids, |ids| count(&ids[bags.bounds(bag)], padding));
+        count.max(1) as f32
+    }
+}
+
+/// Units are ids, and each takes 8 to 16 bytes.
+fn sizes(set: &TableSet, bags: &Bags) -> Vec<Size> {
+    let size = |f| {
+        let units = bags.feature_bounds(f).len();
+        Size { units, lines: units.div_ceil(4) }
+    };
+    (0..set.features.len()).map(size).collect()
+}
