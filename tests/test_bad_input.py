@@ -312,6 +312,12 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], tuple[Any, ...], type[Exception], str
     ),
     "weights of a shape": ({}, (ids(1), ids(0), torch.ones(2)), ValueError, r"per_sample_weights: .* \(1,\).* \(2,\)"),
     "weights NaN": ({}, (ids(1), ids(0), NAN[2, 1:]), ValueError, r"per_sample_weights\[0\].* NaN"),
+    "weights NaN with max_norm": (
+        {"max_norm": 0.1},
+        (ids(1), ids(0), NAN[2, 1:]),
+        ValueError,
+        r"per_sample_weights\[0\].* NaN",
+    ),
 }
 
 

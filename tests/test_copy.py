@@ -2,9 +2,12 @@
 
 import copy
 import io
+import itertools
 import pickle
+import sys
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize, prune
 
 import dlrm_rs
+from dlrm_rs import tables
 
 SPEC = dlrm_rs.optim.Adagrad(lr=0.1)
 BAG = torch.tensor([[1, 2, 2]])
@@ -146,6 +150,117 @@ def test_a_replaced_weight_is_adopted(replace: Callable[..., Any], optimizer: An
     if old is not None and replace not in (REPLACEMENTS["load"], REPLACEMENTS["copy"]):
         assert not torch.equal(old, module.weight)  # whoever looks at the old rows still sees them
         assert torch.equal(old[[0, 3, 4, 5]], before[[0, 3, 4, 5]])
+
+
+# The engine's own memory under another shape or in another order, of a table of 4 rows and 4 columns.
+RESHAPED: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
+    "transposed": (lambda rows: rows.t(), None),
+    "fewer rows": (lambda rows: rows[:2], r"expected shape \(4, 4\).* got \(2, 4\)"),
+    "fewer columns": (lambda rows: rows[:, :3], r"expected shape \(4, 4\).* got \(4, 3\)"),
+    "other shape": (lambda rows: rows.view(2, 8), r"expected shape \(4, 4\).* got \(2, 8\)"),
+    "flat": (lambda rows: rows.view(16), r"expected shape \(4, 4\).* got \(16,\)"),
+    "one row for all": (lambda rows: rows[:1].expand(4, 4), None),
+}
+
+
+@pytest.mark.parametrize(("reshape", "words"), RESHAPED.values(), ids=RESHAPED)
+@pytest.mark.parametrize("optimizer", [None, SPEC])
+def test_the_same_memory_seen_otherwise_is_adopted_or_refused(
+    reshape: Callable[[Tensor], Tensor], words: str | None, optimizer: Any
+) -> None:
+    module = dlrm_rs.EmbeddingBag(4, 4, mode="sum", optimizer=optimizer)
+    rows = module.weight.detach().clone()
+    module.weight.data = reshape(module.weight.data)
+    if words is not None:
+        with pytest.raises(ValueError, match=words):
+            module(BAG)
+        module.weight.data = torch.as_strided(module.weight.data, (4, 4), (4, 1))
+    assert_shares_memory(module)
+    assert torch.equal(module.weight, rows if words else reshape(rows))
+    step(module)
+    assert_shares_memory(module)
+
+
+def interrupted(line: int, call: Callable[[], Any]) -> bool:
+    """Whether Ctrl-C before the n-th line of this package that a call runs came before the call's end."""
+    ran = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal ran
+        if not frame.f_globals.get("__name__", "").startswith("dlrm_rs."):
+            return None
+        ran += event == "line"
+        if event == "line" and ran == line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+@pytest.mark.parametrize("change", ["data", "parameter"])
+def test_an_adoption_that_is_interrupted_anywhere_is_done_again(change: str, viewed: bool) -> None:
+    configs = [dlrm_rs.EmbeddingBagConfig(name, 5, 2, [name]) for name in ("a", "b", "c")]
+    collection = dlrm_rs.EmbeddingBagCollection(configs, optimizer=SPEC)
+    optimizer = collection.fused_optimizer
+    assert optimizer is not None
+    collection.lookup(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 3])).sum().backward()
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    for line in itertools.count(1):
+        new = torch.rand(5, 2)
+        expected = {name: rows.clone() for name, rows in collection.state_dict().items()}
+        expected["embedding_bags.b.weight"] = new
+        weight = collection.get_parameter("embedding_bags.b.weight")
+        old, looked = (weight.detach(), weight.detach().clone()) if viewed else (None, None)
+        if change == "data":
+            weight.data = new.clone()
+        else:
+            collection.embedding_bags["b"].weight = nn.Parameter(new.clone())
+        del weight
+        again = interrupted(line, collection._tables.weights)
+        weights = collection._tables.weights()
+        assert all(map(torch.equal, weights, expected.values()))
+        assert optimizer.param_groups[0]["params"] == weights
+        for table, now in enumerate(weights):
+            sums = torch.from_numpy(collection._tables.handle.optimizer_state(table)["sum"])
+            assert now.data_ptr() == collection._tables.handle.weight(table).ctypes.data
+            assert optimizer.state[now]["sum"].data_ptr() == sums.data_ptr()
+            assert torch.equal(sums, state[table]["sum"])
+        assert old is None or torch.equal(old, cast(Tensor, looked))
+        if not again:
+            break
+    assert line > 30
+
+
+def test_an_allocation_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = bag(optimizer=SPEC)
+    step(module)
+    old, weight = module.weight.detach(), module.weight  # a view, so that the tables must move
+
+    class Full:
+        def __init__(self, *args: Any) -> None:
+            pass
+
+        def set_optimizer(self, name: str) -> None:
+            raise MemoryError
+
+    module.weight = nn.Parameter(torch.rand(6, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "TableSet", Full)
+        with pytest.raises(MemoryError):
+            module(BAG)
+    module.weight = weight
+    assert_shares_memory(module)
+    assert module.weight.data_ptr() == old.data_ptr()
+    step(module)
 
 
 def test_a_replaced_weight_of_one_of_several_tables() -> None:
@@ -306,7 +421,7 @@ def test_changes_that_are_refused(
     if collection:
         module = dlrm_rs.EmbeddingBagCollection([dlrm_rs.EmbeddingBagConfig("a", 6, 3, ["a"])])
     before = {name: (tensor, tensor.clone()) for name, tensor in module.named_parameters()}
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words + ".* modules that come before this one in the model may have changed"):
         change(nn.Sequential(module))
     for name, tensor in module.named_parameters():
         assert tensor is before[name][0]

@@ -125,10 +125,15 @@ def test_initial_accumulator_value(kind: type[Adagrad]) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: SGD(lr=-1.0), ValueError, "lr: expected a finite number of at least 0, got -1"),
+        (lambda: SGD(lr=-1.0), ValueError, "lr: expected a finite number of at least 0 .* got -1"),
         (lambda: SGD(lr=float("nan")), ValueError, "lr: .* got nan"),
         (lambda: Adagrad(eps=float("inf")), ValueError, "eps: .* got inf"),
         (lambda: Adagrad(initial_accumulator_value=-1), ValueError, "initial_accumulator_value: .* got -1"),
+        (lambda: SGD(lr=1e39), ValueError, "lr: expected a finite number .* in float32, .* got 1e"),
+        (lambda: Adagrad(initial_accumulator_value=1e39), ValueError, "initial_accumulator_value: .* in float32"),
+        (lambda: Adagrad(eps=0), ValueError, "eps: expected a number above 0 in float32, .* got 0"),
+        (lambda: Adagrad(eps=1e-60), ValueError, "eps: expected a number above 0 in float32, .* got 1e-60"),
+        (lambda: RowWiseAdagrad(lr=1.0, eps=1e-39), ValueError, "lr / eps to be finite in float32, .* got 1.0 and 1e"),
         (lambda: SGD(lr=cast(float, "0.1")), TypeError, "lr: expected a number, got str"),
         (
             lambda: dlrm_rs.EmbeddingBag(3, 2, optimizer=cast(OptimizerSpec, torch.optim.SGD)),
@@ -265,6 +270,47 @@ def test_another_optimizer_over_the_model_leaves_the_table_alone() -> None:
         dense.step()
         assert torch.equal(module.weight, before)
         assert module.weight.grad is None
+
+
+def test_extreme_numbers_that_float32_has() -> None:
+    for spec in (SGD(lr=3e38), Adagrad(lr=0, eps=1e-45), RowWiseAdagrad(lr=0.1, eps=1e-38)):
+        module, _ = fused(spec)
+        before = module.weight.detach().clone()
+        module(torch.tensor([[0]])).backward(torch.zeros(1, 5))
+        assert torch.equal(module.weight, before)
+
+
+@each_spec
+@pytest.mark.parametrize("of", ["weight", "rows", "state", "numpy"])
+def test_a_gradient_in_the_memory_of_the_table(of: str, spec: OptimizerSpec) -> None:
+    results = []
+    for clone in (True, False):
+        module, optimizer = fused(spec)
+        ids = torch.arange(19, -1, -1).view(20, 1)  # what is written first is read last
+        train(module, [batch(20, 16)])
+        grad = module.weight.detach()
+        if of == "rows":
+            ids, grad = ids[1:], grad[:-1]
+        elif of == "numpy":  # torch does not know that this is memory of the same storage
+            ids, grad = ids[1:], torch.from_numpy(module.weight.detach().numpy()[1:])
+        elif of == "state":
+            grad = optimizer.state[module.weight].get("sum", grad)
+            if grad.dim() == 1:
+                ids, grad = ids[:4], grad.view(4, 5)
+        module(ids).backward(grad.clone() if clone else grad)
+        results.append((module.weight.detach(), *optimizer.state[module.weight].values()))
+    assert all(map(torch.equal, *results))
+
+
+def test_weights_of_ids_in_the_memory_of_the_table() -> None:
+    results = []
+    for clone in (True, False):
+        module, _ = fused(SGD(lr=0.1))
+        weights = module.weight.detach().view(25, 4)
+        ids = torch.arange(100).view(25, 4) % 20
+        module(ids, per_sample_weights=weights.clone() if clone else weights).sum().backward()
+        results.append(module.weight.detach())
+    assert torch.equal(*results)
 
 
 @each_spec

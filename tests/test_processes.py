@@ -101,6 +101,109 @@ def test_a_lookup_and_an_update_let_other_threads_run() -> None:
     )
 
 
+def test_threads_that_look_up_and_train_all_finish() -> None:
+    # A thread that waits for the engine must not keep the other Python threads waiting for it.
+    out = run(
+        """
+        bags = dlrm_rs.EmbeddingBag(2000, 256, mode="sum", optimizer=dlrm_rs.optim.SGD(lr=0.1))
+        many, few = torch.randint(0, 2000, (40_000, 100)), torch.randint(0, 2000, (8, 4))
+        trained, failed = [0, 0], []
+
+        def looks():
+            with torch.no_grad():
+                for _ in range(5):  # a tenth of a second each, or more
+                    bags(many)
+
+        def trains(thread):
+            while looking.is_alive():
+                bags(few).sum().backward()
+                trained[thread] += 1
+
+        threading.excepthook = lambda failure: failed.append(failure.exc_value)
+        looking = threading.Thread(target=looks)
+        threads = [looking, *(threading.Thread(target=trains, args=[thread]) for thread in range(2))]
+        for thread in threads:
+            thread.start()
+        ran = 0
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.001)
+            ran += 1
+        assert not failed, failed
+        assert ran > 10 and all(trained), (ran, trained)
+        print("done")
+        """,
+        seconds=60,
+    )
+    assert out == "done\n"
+
+
+def test_a_weight_that_was_replaced_is_adopted_by_one_of_many_threads() -> None:
+    out = run(
+        """
+        torch.set_num_threads(1)
+        failed = []
+        threading.excepthook = lambda failure: failed.append(failure.exc_value)
+        for optimizer in (None, dlrm_rs.optim.SGD(lr=0.1)):
+            bags = dlrm_rs.EmbeddingBag(20_000, 64, mode="sum", optimizer=optimizer)
+            ids = torch.arange(20_000).view(-1, 4)
+            for repeat in range(20):
+                rows = torch.full((20_000, 64), float(repeat + 1))
+                viewed = bags.weight.detach() if repeat % 2 else None  # then the tables move to new memory
+                bags.weight.data = rows.clone()
+                start, outs = threading.Barrier(4), []
+
+                def look():
+                    start.wait()
+                    with torch.no_grad():
+                        outs.append(bags(ids))
+
+                threads = [threading.Thread(target=look) for _ in range(4)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                assert not failed, failed
+                assert all((out == 4 * (repeat + 1)).all() for out in outs)
+                assert torch.equal(bags.weight, rows)
+                assert bags.weight.data_ptr() == bags._tables.handle.weight(0).ctypes.data
+        print("done")
+        """,
+        seconds=60,
+    )
+    assert out == "done\n"
+
+
+def test_a_child_forked_while_a_thread_adopts_can_adopt() -> None:
+    out = run(
+        """
+        import os
+        from dlrm_rs import tables
+
+        bags = dlrm_rs.EmbeddingBag(5, 2, mode="sum")
+        bags.weight.data = torch.ones(5, 2)
+        adopting = threading.Event()
+
+        def adopt():
+            with tables._ADOPTING:
+                adopting.set()
+                time.sleep(0.5)
+
+        thread = threading.Thread(target=adopt)
+        thread.start()
+        adopting.wait()
+        child = os.fork()
+        assert bags(torch.tensor([[1, 2]])).tolist() == [[2, 2]]
+        if child == 0:
+            os._exit(0)
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0
+        print("done")
+        """,
+        seconds=30,
+    )
+    assert out == "done\n"
+
+
 # Seconds of work for one thread: reading 4 KB per id, and putting ids in order. After that an update writes, and since
 # it must not end half-way, it does not end early.
 @pytest.mark.parametrize(("call", "dim", "repeats"), [("lookup", 1024, 10_000), ("update", 16, 15_000)])

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import dlrm_rs
-from dlrm_rs import owner
+from dlrm_rs import owner, replace
 
 
 class Model(nn.Module):
@@ -212,6 +212,19 @@ def test_what_is_refused_and_leaves_the_model(
     assert [type(module) for module in model.modules()] == classes
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == state[name].data_ptr()
+
+
+def test_every_tensor_of_a_model_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    memory = replace._memory
+
+    def counting(tensor: Tensor) -> int:
+        looked.append(tensor)
+        return memory(tensor)
+
+    monkeypatch.setattr(replace, "_memory", counting)
+    dlrm_rs.replace_embeddings(nn.ModuleList(nn.Embedding(2, 2) for _ in range(50)))
+    assert len(looked) == 50 + 50  # one pass over the model, and one question per embedding
 
 
 def test_when_memory_runs_out_the_model_works_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

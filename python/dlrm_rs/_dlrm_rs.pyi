@@ -78,10 +78,26 @@ class TableSet:
                 (the first of equals), -1 where the bag is empty; columns of features pooled otherwise are not written.
         """
 
-    def renorm(self, indices: _Ids, offsets: _Ids | None, batch_size: int, max_norm: float, norm_type: float) -> None:
+    def renorm(
+        self,
+        indices: _Ids,
+        offsets: _Ids | None,
+        batch_size: int,
+        per_sample_weights: _F32 | None,
+        max_norm: float,
+        norm_type: float,
+    ) -> None:
         """Scale every row that `indices` name and whose `norm_type`-norm exceeds `max_norm` down to it.
 
         As `torch.embedding_renorm_`: the factor is `max_norm / (norm + 1e-7)`.
+
+        Args:
+            indices: as for `lookup`.
+            offsets: as for `lookup`.
+            batch_size: as for `lookup`.
+            per_sample_weights: as for the `lookup` that follows: checked, so that no row changes when it would fail.
+            max_norm: the norm that no row exceeds afterwards.
+            norm_type: the p of the p-norm.
         """
 
     def update(

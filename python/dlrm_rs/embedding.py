@@ -113,7 +113,7 @@ class Embedding(OwnsTable, nn.Embedding):
         indices = index_tensor("input", input).view(-1)  # (L,)
         batch_size = indices.numel()  # every id is its own bag
         if self.max_norm is not None:
-            operators.renorm(self._tables, indices, None, batch_size, self.max_norm, self.norm_type)
+            operators.renorm(self._tables, indices, None, batch_size, None, self.max_norm, self.norm_type)
         rows = operators.lookup(
             self._tables,
             indices,

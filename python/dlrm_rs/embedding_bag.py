@@ -144,7 +144,7 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
         else:
             raise ValueError(f"input: expected one or two dimensions, got shape {tuple(indices.shape)}")
         if self.max_norm is not None:
-            operators.renorm(self._tables, indices, offsets, batch_size, self.max_norm, self.norm_type)
+            operators.renorm(self._tables, indices, offsets, batch_size, weights, self.max_norm, self.norm_type)
         return operators.lookup(
             self._tables,
             indices,

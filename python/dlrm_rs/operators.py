@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from dlrm_rs._dlrm_rs import TableSet
-from dlrm_rs.tables import EmbeddingTables
+from dlrm_rs.tables import EmbeddingTables, Memory
 
 __all__ = ["lookup", "renorm"]
 
@@ -57,7 +56,7 @@ def lookup(
         if True in trainable or (per_sample_weights is not None and per_sample_weights.requires_grad):
             # The fused update is one operation for all tables: any one weight ties it into the graph.
             inputs = weights if tables.optimizer is None else [w for w in weights if w.requires_grad][:1]
-            call = _Call(tables, tables.handle, weights, batch_size, trainable, sparse, scale_grad_by_freq)
+            call = _Call(tables, tables.memory, weights, batch_size, trainable, sparse, scale_grad_by_freq)
             out: Tensor = _Lookup.apply(call, indices, offsets, per_sample_weights, *inputs)
             return out
     return _lookup(tables, indices, offsets, batch_size, per_sample_weights, None)
@@ -68,6 +67,7 @@ def renorm(
     indices: Tensor,
     offsets: Tensor | None,
     batch_size: int,
+    per_sample_weights: Tensor | None,
     max_norm: float,
     norm_type: float,
 ) -> None:
@@ -78,15 +78,17 @@ def renorm(
         indices: As for `lookup`.
         offsets: As for `lookup`.
         batch_size: As for `lookup`.
+        per_sample_weights: As for `lookup`, which follows: they scale nothing, but what it would refuse must not have
+            changed the table.
         max_norm: The largest `norm_type`-norm that a row keeps.
         norm_type: The p of the p-norm.
 
     Raises:
         IndexError: An id is outside its table.
-        ValueError: Offsets do not fit.
+        ValueError: Offsets or weights of ids do not fit.
     """
     weights = tables.weights()
-    tables.handle.renorm(indices.numpy(), _array(offsets), batch_size, max_norm, norm_type)
+    tables.handle.renorm(indices.numpy(), _array(offsets), batch_size, _array(per_sample_weights), max_norm, norm_type)
     increment_version(weights)
 
 
@@ -94,8 +96,8 @@ class _Call(NamedTuple):
     """What backward needs of a forward, beside tensors."""
 
     tables: EmbeddingTables
-    # The handle of the forward: the tables may have moved to another since.
-    handle: TableSet
+    # That of the forward: the tables may have moved since.
+    memory: Memory
     weights: Sequence[nn.Parameter]
     batch_size: int
     trainable: Sequence[bool]
@@ -129,10 +131,13 @@ class _Lookup(torch.autograd.Function):
         call: _Call = ctx.call
         indices, offsets, per_sample_weights, argmax, *_ = ctx.saved_tensors
         bags = (indices.numpy(), _array(offsets), call.batch_size)
-        out_grad = grad.detach().contiguous().numpy()  # (B, W) or (L, D)
+        grad = grad.contiguous()  # (B, W) or (L, D)
+        if call.tables.optimizer is not None and call.memory.overlaps(grad):
+            grad = grad.clone()  # the update would write to what it still has to read
+        out_grad = _array(grad)
         weights_grad = None
         if ctx.needs_input_grad[3]:  # before the update, which writes to the rows that this reads
-            weights_grad = torch.from_numpy(call.handle.per_sample_weights_gradient(*bags, out_grad))
+            weights_grad = torch.from_numpy(call.memory.handle.per_sample_weights_gradient(*bags, out_grad))
         grads: Sequence[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 4)
         if True in call.trainable:
             terms = (
@@ -147,7 +152,7 @@ class _Lookup(torch.autograd.Function):
                 grads = _gradients(call, terms)
             else:
                 group = call.tables.optimizer.param_groups[0]
-                call.handle.update(*terms, group)
+                call.memory.handle.update(*terms, group)
                 increment_version([w for w, trained in zip(call.weights, call.trainable, strict=True) if trained])
         return (None, None, None, weights_grad, *grads)
 
@@ -171,9 +176,9 @@ def _lookup(
 
 def _gradients(call: _Call, terms: tuple[Any, ...]) -> list[Tensor | None]:
     if not call.sparse:
-        dense = call.handle.dense_gradient(*terms)
+        dense = call.memory.handle.dense_gradient(*terms)
         return [None if rows is None else torch.from_numpy(rows) for rows in dense]
-    touched = call.handle.sparse_gradient(*terms)
+    touched = call.memory.handle.sparse_gradient(*terms)
     return [
         None if pair is None else _sparse_tensor(torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), weight.shape)
         for pair, weight in zip(touched, call.weights, strict=True)

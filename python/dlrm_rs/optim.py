@@ -10,7 +10,9 @@ optimizer does all of these.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, overload
@@ -38,10 +40,10 @@ class OptimizerSpec:
         for name, value in asdict(self).items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-            if name == "eps" and value == 0:  # an element that never had a gradient would become 0 / 0
-                raise ValueError(f"eps: expected a number above 0, got {value}")
+            if not math.isfinite(_float32(value)) or value < 0:
+                raise ValueError(
+                    f"{name}: expected a finite number of at least 0 in float32, which the tables are in, got {value}"
+                )
 
     def hyperparameters(self) -> dict[str, float]:
         """What a parameter group holds, and the engine reads at every backward."""
@@ -89,6 +91,17 @@ class Adagrad(OptimizerSpec):
     lr: float = 1e-2
     eps: float = 1e-10
     initial_accumulator_value: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # An element that never had a gradient moves by lr / eps * 0, which must not be NaN.
+        if not _float32(self.eps):
+            raise ValueError(f"eps: expected a number above 0 in float32, which the tables are in, got {self.eps}")
+        if not math.isfinite(_float32(_float32(self.lr) / _float32(self.eps))):
+            raise ValueError(
+                f"lr, eps: expected lr / eps to be finite in float32, which the tables are in, got {self.lr} and "
+                f"{self.eps}"
+            )
 
     def fill_state(self, state: Mapping[str, Tensor]) -> None:
         """Write `initial_accumulator_value`."""
@@ -214,11 +227,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for name, tensor in view.items():
                     if state[name].data_ptr() != tensor.data_ptr():
                         tensor.copy_(state[name])
+        # The state has what the parameters need at every moment: Ctrl-C may come between any two of these.
+        attached: dict[Tensor, Any] = {weight: dict(view) for weight, view in zip(weights, views, strict=False)}
+        self.state = defaultdict(dict, {**self.state, **attached})
+        self.param_groups[0]["params"] = list(weights)
         if views:
             self._views = views
-            self.state.clear()
-            self.state.update({weight: dict(view) for weight, view in zip(weights, views, strict=True)})
-        self.param_groups[0]["params"] = list(weights)
+            self.state = defaultdict(dict, attached)
+
+
+def _float32(number: float) -> float:
+    """The number as the engine gets it; beyond the largest infinity, below the smallest 0."""
+    return ctypes.c_float(number).value
 
 
 def _check_same_shapes(table: int, state: Mapping[str, Any], view: Mapping[str, Tensor]) -> None:

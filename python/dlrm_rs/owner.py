@@ -87,16 +87,22 @@ def single_table(
     return EmbeddingTables([table], [FeatureSpec(0, pooling, padding_idx)], [module], optimizer)
 
 
+# torch changes a model module by module, so it cannot be refused as a whole.
+_BEFORE = "modules that come before this one in the model may have changed already"
+
+
 def _refuse_change(probe: Tensor) -> None:
     if probe.dtype is not torch.float32:
         raise TypeError(
             f"dtype: expected the tables to stay torch.float32, got a change to {probe.dtype}; convert the other "
-            "modules of the model one by one"
+            f"modules of the model one by one; {_BEFORE}"
         )
     if probe.is_meta:
-        raise ValueError("device: expected one that holds data, got 'meta'; the tables live in the memory of the host")
+        raise ValueError(
+            "device: expected one that holds data, got 'meta'; the tables live in the memory of the host; " + _BEFORE
+        )
     if probe.is_cpu and probe.is_shared():
         raise TypeError(
             "share_memory: expected the tables to stay in the engine's memory, which cannot be shared; processes made "
-            "by fork read them without it"
+            f"by fork read them without it; {_BEFORE}"
         )

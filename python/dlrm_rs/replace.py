@@ -7,8 +7,9 @@ an optimizer that was made over `model.parameters()` goes on working.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeVar
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ _REPLACEMENTS: dict[type[nn.Module], type[EmbeddingBag | Embedding]] = {
     nn.EmbeddingBag: EmbeddingBag,
     nn.Embedding: Embedding,
 }
+
+
+class _Owner(NamedTuple):
+    """A module that has a tensor, and the tensor's name in the model."""
+
+    name: str
+    module: nn.Module
+    tensor: Tensor
 
 
 def replace_embeddings(
@@ -68,15 +77,16 @@ def replace_embeddings(
     """
     format_name = row_format("dtype", dtype)
     found = _embeddings(model)
+    owners = _owners(model)
     for name, module in found:
         _check_module(name, module)
-        _check_sharing(name, module, model, fused=optimizer is not None)
+        _check_sharing(name, module, owners, fused=optimizer is not None)
     # From here on only memory can run out. A Parameter that has moved by then serves torch's module as it did before.
     tables = [single_table(module, name, format_name, optimizer) for name, module in found]
     for (_, module), table in zip(found, tables, strict=True):
         module.padding_idx = table.features[0].padding_idx
-        module.__class__ = _REPLACEMENTS[type(module)]
         module.__dict__["_tables"] = table
+        module.__class__ = _REPLACEMENTS[type(module)]  # last: with all that it needs, should Ctrl-C come between
     return model
 
 
@@ -113,25 +123,33 @@ def _check_module(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
         raise ValueError(f"weight of {name!r}: expected memory of its own, got memory shared between processes")
 
 
-def _check_sharing(name: str, module: nn.Embedding | nn.EmbeddingBag, model: nn.Module, *, fused: bool) -> None:
+def _check_sharing(
+    name: str, module: nn.Embedding | nn.EmbeddingBag, owners: Mapping[int, Sequence[_Owner]], *, fused: bool
+) -> None:
     """Refuse ties that would break: a Parameter that moves takes its owners along, not other views of its memory."""
-    memory = module.weight.untyped_storage().data_ptr()
-    for other_name, other, tensor in _tensors(model):
+    for other_name, other, tensor in owners.get(_memory(module.weight), ()):
         if other is module:
             continue
-        if tensor is module.weight and (fused or isinstance(other, nn.Embedding | nn.EmbeddingBag)):
+        if tensor is not module.weight:
+            raise ValueError(
+                f"weight of {name!r}: expected memory of its own, got memory that {other_name!r} views too"
+            )
+        if fused or isinstance(other, nn.Embedding | nn.EmbeddingBag):
             raise ValueError(
                 f"weight of {name!r}: expected no other owner with a fused optimizer, nor another embedding without, "
                 f"got {other_name!r} as well; embeddings can share a table by being one module"
             )
-        if tensor is not module.weight and tensor.untyped_storage().data_ptr() == memory:
-            raise ValueError(
-                f"weight of {name!r}: expected memory of its own, got memory that {other_name!r} views too"
-            )
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
+    """Who has a tensor in which memory; empty tensors are in none."""
+    owners: dict[int, list[_Owner]] = defaultdict(list)
     for name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.is_cpu and tensor.layout is torch.strided and tensor.numel():
-                yield f"{name}.{key}", module, tensor
+                owners[_memory(tensor)].append(_Owner(f"{name}.{key}", module, tensor))
+    return owners
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
