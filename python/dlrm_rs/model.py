@@ -176,7 +176,7 @@ class DLRM(nn.Module):
         B, D = x.shape
         X = torch.cat([x, y], dim=1).view(B, -1, D)  # (B, F + 1, D)
         Z = X @ X.transpose(1, 2)  # (B, F + 1, F + 1)
-        # index_select and not Z[:, i, j]: its backward is several times cheaper on a CPU.
+        # index_select and not Z[:, i, j], whose backward costs more on a CPU.
         return torch.cat([x, Z.flatten(1).index_select(1, self.pairs)], dim=1)  # (B, D + F * (F + 1) / 2)
 
     def _cat(self, x: Tensor, y: Tensor) -> Tensor:
