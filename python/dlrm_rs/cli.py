@@ -1,0 +1,50 @@
+"""The commands of `dlrm-rs`. Knows their options, and nothing of what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import dlrm_rs
+
+# A traceback with every local variable of a training loop hides the message.
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def dlrm_rs_command() -> None:
+    """Embedding tables for PyTorch recommenders, in Rust."""
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training flights.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Flights in a step.")] = 512,
+    embedding_dim: Annotated[int, typer.Option(min=1, help="Elements of an embedding row.")] = 32,
+    table_lr: Annotated[float, typer.Option(min=0, help="Adagrad's learning rate, for the tables.")] = 0.005,
+    dense_lr: Annotated[float, typer.Option(min=0, help="AdamW's learning rate, for the dense layers.")] = 0.004,
+    seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and the order of the flights.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="For torch and dlrm_rs alike.", show_default="torch's choice")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-output"),
+    quick: Annotated[bool, typer.Option("--quick", help="Train on the last 30,000 training flights alone.")] = False,
+) -> None:
+    """Train a DLRM on real flights twice, with torch's embeddings and with dlrm_rs's, and compare."""
+    from dlrm_rs.demo.arguments import Arguments  # here, as what it brings in takes seconds
+    from dlrm_rs.demo.run import run
+
+    run(Arguments(epochs, batch_size, embedding_dim, table_lr, dense_lr, seed, threads, quick), output, Console())
+
+
+@app.command()
+def info() -> None:
+    """Print what the engine runs on."""
+    table = Table(show_header=False)
+    for name, value in dlrm_rs.info().items():
+        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    Console().print(table)
