@@ -7,8 +7,9 @@ Ids are feature-major: bag `b` of feature `f` is `indices[offsets[f * B + b] : o
 `F * B` or `F * B + 1` elements; with `offsets=None` every bag has `L / (F * B)` ids.
 
 Errors, the same for every method: `IndexError` (an id outside its table), `ValueError` (shapes, offsets, options, NaN),
-`TypeError` (dtypes), `MemoryError` (memory that cannot be had), `OSError` (threads that cannot be started). When one is
-raised, no table and no optimizer state has changed.
+`TypeError` (dtypes), `MemoryError` (memory that cannot be had), `OSError` (threads that cannot be started),
+`RuntimeError` (a signal handler that uses tables which its own thread is in a call on, or arrays that another thread
+changes during a call). When one is raised, no table and no optimizer state has changed.
 
 Ctrl-C ends a long call with what Python's signal handler raises, usually `KeyboardInterrupt`, and leaves the tables as
 they were; an update that has begun to write is finished first.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::kernels::Kernel;
 use crate::kernels::scalar::Scalar;
-use crate::{Error, Result};
+use crate::{Result, named};
 
 /// Environment variable that forces a level by its name.
 const ENVIRONMENT: &str = "DLRM_RS_SIMD";
@@ -86,12 +86,8 @@ impl Level {
     }
 
     fn named(argument: &str, name: &str) -> Result<Self> {
-        let found = Self::available().find(|level| level.name() == name);
-        found.ok_or_else(|| {
-            let names: Vec<_> = Self::available().map(Self::name).collect();
-            let expected = format!("one of {}, the levels of this CPU", names.join(", "));
-            Error::argument(argument, expected, format_args!("'{name}'"))
-        })
+        let levels: Vec<_> = Self::available().collect();
+        named::find(argument, levels, Self::name, name)
     }
 
     /// Its name in Python and in messages.

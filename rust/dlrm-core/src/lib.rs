@@ -34,6 +34,7 @@ mod kernels;
 mod level;
 mod lookup;
 mod memory;
+mod named;
 mod occurrences;
 pub mod optimizers;
 mod pieces;

@@ -11,7 +11,7 @@ use crate::kernels::pool::Pool;
 use crate::pieces::{self, Size};
 use crate::rows::{Rows, with_rows};
 use crate::table_set::{Feature, Slot, TableSet};
-use crate::{Context, Error, Level, Result};
+use crate::{Context, Error, Level, Result, named};
 
 /// How a bag becomes one output row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,11 +52,7 @@ impl FromStr for Pooling {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let found = Self::ALL.into_iter().find(|pooling| pooling.name() == name);
-        found.ok_or_else(|| {
-            let known = Self::ALL.map(Self::name).join(", ");
-            Error::argument("pooling", format_args!("one of {known}"), format_args!("'{name}'"))
-        })
+        named::find("pooling", Self::ALL, Self::name, name)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::{Error, Result};
+use crate::{Error, Result, named};
 
 /// How a row is stored.
 ///
@@ -47,10 +47,6 @@ impl FromStr for RowFormat {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let found = Self::ALL.into_iter().find(|format| format.name() == name);
-        found.ok_or_else(|| {
-            let known = Self::ALL.map(Self::name).join(", ");
-            Error::argument("row format", format_args!("one of {known}"), name)
-        })
+        named::find("row format", Self::ALL, Self::name, name)
     }
 }

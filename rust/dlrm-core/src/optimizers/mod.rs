@@ -9,7 +9,7 @@ mod sgd;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::{Error, Result};
+use crate::{Error, Result, named};
 
 pub use adagrad::Adagrad;
 pub use row_wise_adagrad::RowWiseAdagrad;
@@ -71,11 +71,7 @@ impl FromStr for Kind {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let found = Self::ALL.into_iter().find(|kind| kind.name() == name);
-        found.ok_or_else(|| {
-            let known = Self::ALL.map(Self::name).join(", ");
-            Error::argument("optimizer", format_args!("one of {known}"), format_args!("'{name}'"))
-        })
+        named::find("optimizer", Self::ALL, Self::name, name)
     }
 }
 
