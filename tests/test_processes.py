@@ -210,6 +210,8 @@ def test_a_child_forked_while_a_thread_adopts_can_adopt() -> None:
 def test_ctrl_c_ends_a_long_call_and_changes_nothing(call: str, dim: int, repeats: int) -> None:
     process = start(
         f"""
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         dlrm_rs.set_num_threads(1)
         bags = dlrm_rs.EmbeddingBag(2000, {dim}, mode="sum", optimizer=dlrm_rs.optim.Adagrad(lr=0.1))
         ids = torch.arange(2000, dtype=torch.int32).repeat({repeats}).view(1000, -1)
