@@ -37,7 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[
 def test_prints_a_row_for_each(finished: tuple[str, Path, dict[str, Any]]) -> None:
     printed, _, record = finished
     for name in ("torch", "dlrm_rs"):
-        row = next(line for line in printed.splitlines() if line.startswith(f"│ {name} "))
+        row = next(line for line in printed.splitlines() if line.startswith(f" {name} "))
         assert f"{record[name]['test']['auc']:.4f}" in row
         assert f"{record[name]['table_bytes']:,}" in row
     assert f"{record['logistic_regression']['test']['auc']:.4f}" in printed
