@@ -72,8 +72,8 @@ pub struct Encoding {
 }
 
 impl Encoding {
-    fn check(&self) -> Result<()> {
-        let Self { format, method, .. } = *self;
+    fn check(self) -> Result<()> {
+        let Self { format, method, .. } = self;
         let fits = match method {
             Method::MinMax => true,
             Method::LeastSquares => format.is_quantized(),
@@ -106,7 +106,7 @@ impl TableRows {
     ///
     /// A NaN or an infinity is an error that names table and row, unless the encoding takes it for zero; so is a number
     /// that the format does not hold.
-    pub fn encode(source: &[f32], spec: &TableSpec, encoding: &Encoding, ctx: &Context) -> Result<Encoded> {
+    pub fn encode(source: &[f32], spec: &TableSpec, encoding: Encoding, ctx: &Context) -> Result<Encoded> {
         let expected = spec.rows as u128 * spec.dim as u128;
         if source.len() as u128 != expected {
             let argument = format!("rows of table '{}'", spec.name);
@@ -120,7 +120,7 @@ impl TableRows {
 pub(crate) fn encode(
     source: RowsRef,
     spec: &TableSpec,
-    encoding: &Encoding,
+    encoding: Encoding,
     ctx: &Context,
 ) -> Result<Encoded> {
     encoding.check()?;
@@ -164,7 +164,7 @@ impl From<Error> for Failure {
 }
 
 impl Failure {
-    fn describe(self, source: RowsRef, spec: &TableSpec, encoding: &Encoding) -> Error {
+    fn describe(self, source: RowsRef, spec: &TableSpec, encoding: Encoding) -> Error {
         let refused = |row: usize, expected: String, is_bad: &dyn Fn(f32) -> bool| {
             let mut elements = vec![0.0; spec.dim];
             with_rows!(source, |rows| Context::default().level.run(Decode {
@@ -218,7 +218,7 @@ impl Call<'_> {
         ctx: &Context,
     ) -> std::result::Result<Encoded, Failure> {
         let TableSpec { rows, dim, .. } = *self.spec;
-        let mut made = TableRows::zeroed((rows, dim), format, scales, &self.spec.to_string(), ctx)?;
+        let mut made = TableRows::mapped((rows, dim), format, scales, &self.spec.to_string())?;
         if let Codes::Codebook(codebook) = self.search.codes {
             made.codebook = codebook.numbers;
         }

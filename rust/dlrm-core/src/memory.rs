@@ -66,7 +66,8 @@ impl Memory {
         }
     }
 
-    fn touch(&mut self, ctx: &Context) -> Result<()> {
+    /// Has the system give all of it now.
+    pub(crate) fn touch(&mut self, ctx: &Context) -> Result<()> {
         let len = self.len;
         let all = Disjoint::new(self.as_mut_slice::<u8>());
         threads::for_each(ctx, len.div_ceil(HUGE_PAGE), len / 64, |i| {

@@ -6,10 +6,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use bytemuck::{cast_slice, cast_slice_mut};
-use half::{bf16, f16};
-
 use crate::{Error, Result, named};
+use bytemuck::{cast_slice, cast_slice_mut};
 
 /// How a scale or a bias is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,14 +43,37 @@ impl ScaleFormat {
         }
     }
 
-    /// The nearest number that is stored, ties to even.
+    /// The nearest number that is stored, ties to even, of one that is not NaN.
+    #[inline(always)]
     pub(crate) fn round(self, x: f32) -> f32 {
         match self {
             Self::Fp32 => x,
-            Self::Fp16 => f16::from_f32(x).to_f32(),
-            Self::Bf16 => bf16::from_f32(x).to_f32(),
+            Self::Fp16 => nearest_fp16(x),
+            Self::Bf16 => round_bits(x, 16),
         }
     }
+}
+
+/// Without the lowest `bits` of its fraction, to the nearest, ties to even.
+#[inline(always)]
+fn round_bits(x: f32, bits: u32) -> f32 {
+    let odd = x.to_bits() >> bits & 1;
+    let rounded = x.to_bits() + ((1 << (bits - 1)) - 1 + odd);
+    f32::from_bits(rounded >> bits << bits)
+}
+
+/// The nearest number of half precision.
+#[inline(always)]
+fn nearest_fp16(x: f32) -> f32 {
+    /// The smallest that is not denormal; below, all are multiples of one step, which is the last place of numbers
+    /// from 0.5 to 1.
+    const NORMAL: f32 = f32::from_bits((127 - 14) << 23);
+    const BEYOND: f32 = 65536.0;
+    if x.abs() < NORMAL {
+        return ((x + 0.75) - 0.75).copysign(x);
+    }
+    let rounded = round_bits(x, 13);
+    if rounded.abs() < BEYOND { rounded } else { f32::INFINITY.copysign(x) }
 }
 
 impl fmt::Display for ScaleFormat {
@@ -118,32 +139,51 @@ fn finite_fp16(x: u16) -> f32 {
     f32::from_bits(magnitude.to_bits() | (u32::from(x) & 0x8000) << 16)
 }
 
-/// Stores scale and bias of row `row`; both are numbers that the format has.
+/// The bits of a finite number of half precision.
 #[inline(always)]
-pub(crate) fn store(format: ScaleFormat, bytes: &mut [u8], row: usize, [scale, bias]: [f32; 2]) {
+fn fp16_bits(x: f32) -> u16 {
+    const MEND: f32 = f32::from_bits((127 + 15 - 127) << 23);
+    let magnitude = (x.abs() * MEND).to_bits() >> 13;
+    (magnitude | x.to_bits() >> 16 & 0x8000) as u16
+}
+
+/// Stores scale and bias of row `row`; both are finite numbers that the format has.
+#[inline(always)]
+pub(crate) fn store(format: ScaleFormat, bytes: &mut [u8], row: usize, pair: [f32; 2]) {
     match format {
-        ScaleFormat::Fp32 => cast_slice_mut::<_, [f32; 2]>(bytes)[row] = [scale, bias],
-        ScaleFormat::Fp16 => {
-            let pair = [scale, bias].map(|x| f16::from_f32(x).to_bits());
-            cast_slice_mut::<_, [u16; 2]>(bytes)[row] = pair;
-        }
-        ScaleFormat::Bf16 => {
-            let pair = [scale, bias].map(|x| bf16::from_f32(x).to_bits());
-            cast_slice_mut::<_, [u16; 2]>(bytes)[row] = pair;
-        }
+        ScaleFormat::Fp32 => cast_slice_mut(bytes)[row] = pair,
+        ScaleFormat::Fp16 => cast_slice_mut(bytes)[row] = pair.map(fp16_bits),
+        ScaleFormat::Bf16 => cast_slice_mut(bytes)[row] = pair.map(|x| (x.to_bits() >> 16) as u16),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
 
     #[test]
-    fn every_finite_fp16_is_read_as_it_is() {
+    fn numbers_are_rounded_as_the_standard_says() {
+        for bits in
+            (0..=u32::MAX).step_by(997).chain((0..=u16::MAX).map(|x| u32::from(x) << 13 | 0x3880_0000))
+        {
+            let x = f32::from_bits(bits);
+            if !x.is_nan() {
+                let [fp16, bf16] = [f16::from_f32(x).to_f32(), bf16::from_f32(x).to_f32()];
+                assert_eq!(ScaleFormat::Fp16.round(x).to_bits(), fp16.to_bits(), "{x:e}");
+                assert_eq!(ScaleFormat::Bf16.round(x).to_bits(), bf16.to_bits(), "{x:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_finite_fp16_is_read_and_stored_as_it_is() {
         for bits in 0..=u16::MAX {
             let expected = f16::from_bits(bits);
             if expected.is_finite() {
                 assert_eq!(finite_fp16(bits).to_bits(), expected.to_f32().to_bits(), "{expected}");
+                assert_eq!(fp16_bits(expected.to_f32()), bits, "{expected}");
             }
         }
     }
@@ -158,7 +198,7 @@ mod tests {
                 store(format, bytes, row, pair);
             }
             for (row, &pair) in pairs.iter().enumerate() {
-                assert_eq!(Scales::new(format, bytes).get(row), pair);
+                assert_eq!(Scales::new(format, bytes).get(row).map(f32::to_bits), pair.map(f32::to_bits));
             }
         }
     }

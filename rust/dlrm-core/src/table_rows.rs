@@ -28,20 +28,33 @@ pub struct TableRows {
 }
 
 impl TableRows {
-    /// Rows of zeros for `what`; `scales` is how a quantized format keeps scale and bias.
+    /// Rows of zeros for `what`, touched by the threads of `ctx`; `scales` is how a quantized format keeps scale and bias.
     pub(crate) fn zeroed(
-        (rows, dim): (usize, usize),
+        shape: (usize, usize),
         format: RowFormat,
         scales: ScaleFormat,
         what: &str,
         ctx: &Context,
     ) -> Result<Self> {
+        let mut rows = Self::mapped(shape, format, scales, what)?;
+        rows.elements.touch(ctx)?;
+        rows.scales.touch(ctx)?;
+        Ok(rows)
+    }
+
+    /// The same, untouched, for what will write all of it.
+    pub(crate) fn mapped(
+        (rows, dim): (usize, usize),
+        format: RowFormat,
+        scales: ScaleFormat,
+        what: &str,
+    ) -> Result<Self> {
         Ok(Self {
             rows,
             dim,
             format,
-            elements: Memory::zeroed(rows, format.row_bytes(dim), what, ctx)?,
-            scales: Memory::zeroed(rows, pair_bytes(format, scales), what, ctx)?,
+            elements: Memory::mapped(rows, format.row_bytes(dim), what)?,
+            scales: Memory::mapped(rows, pair_bytes(format, scales), what)?,
             scale_format: scales,
             codebook: UNIFORM,
         })

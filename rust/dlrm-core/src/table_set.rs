@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::encode::{self, Encoded, Encoding};
 use crate::guarded::Guarded;
-use crate::memory::check_available;
+use crate::memory::{Keeper, check_available};
 use crate::optimizers::Kind;
 use crate::table::{Table, TableMemory, TableSpec};
 use crate::table_rows::TableRows;
@@ -134,7 +134,7 @@ impl TableSet {
     }
 
     /// Makes rows of another format of those of a table, which stay as they are.
-    pub fn encode(&self, table: usize, encoding: &Encoding, ctx: &Context) -> Result<Encoded> {
+    pub fn encode(&self, table: usize, encoding: Encoding, ctx: &Context) -> Result<Encoded> {
         self.tables.read(|tables| {
             let Table { spec, rows, .. } = &tables[table];
             encode::encode(rows.as_ref(), spec, encoding, ctx)
@@ -168,13 +168,15 @@ impl TableSet {
         self.tables.write(|tables| {
             let Table { spec, rows, .. } = &mut tables[table];
             let count = source.len() / spec.dim;
-            if source.len() % spec.dim != 0 || first.checked_add(count).is_none_or(|end| end > spec.rows) {
+            if !source.len().is_multiple_of(spec.dim)
+                || first.checked_add(count).is_none_or(|end| end > spec.rows)
+            {
                 let expected = format!("whole rows of {} elements, up to row {}", spec.dim, spec.rows);
                 let got = format!("{} elements from row {first} on", source.len());
                 return Err(Error::argument(format!("rows of table '{}'", spec.name), expected, got));
             }
-            let encoding = rows.encoding();
-            let made = TableRows::encode(source, &TableSpec { rows: count, ..spec.clone() }, &encoding, ctx)?;
+            let part = TableSpec { rows: count, ..spec.clone() };
+            let made = TableRows::encode(source, &part, rows.encoding(), ctx)?;
             rows.overwrite(first, &made.rows);
             Ok(())
         })?
@@ -191,7 +193,16 @@ impl TableSet {
         })
     }
 
-    /// Calls `f` with the optimizer state of a table, `(N, Kind::state_len(D))`, likewise.
+    /// Calls `f` with the optimizer state of a table, `(N, Kind::state_len(D))`, and what keeps it in memory, while no
+    /// other call changes it.
+    pub fn read_state<R>(&self, table: usize, f: impl FnOnce(&[f32], Keeper) -> R) -> Result<R> {
+        self.tables.read(|tables| {
+            let state = &tables[table].state;
+            f(state.as_slice(), state.keeper())
+        })
+    }
+
+    /// The same to be changed, while no other call has the set.
     pub fn write_state<R>(&self, table: usize, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
         self.tables.write(|tables| f(tables[table].state.as_mut_slice()))
     }

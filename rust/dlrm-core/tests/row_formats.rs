@@ -85,7 +85,7 @@ proptest! {
         for encoding in encodings() {
             let mut first = None;
             for ctx in contexts().into_iter().filter(|ctx| [1, 3].contains(&ctx.threads)) {
-                let made = TableRows::encode(&source, &spec(rows, dim), &encoding, &ctx).unwrap();
+                let made = TableRows::encode(&source, &spec(rows, dim), encoding, &ctx).unwrap();
                 let now = (bytes(&made.rows), bits(&made.errors), made.largest_error.to_bits(), bits(made.rows.codebook()));
                 let first = first.get_or_insert_with(|| now.clone());
                 prop_assert_eq!(&*first, &now, "{:?} {:?} on {} threads", encoding, ctx.level, ctx.threads);
@@ -101,17 +101,17 @@ proptest! {
     ) {
         let arrays = case.arrays();
         let bags = case.call(&arrays);
-        let mut expected: Option<(Vec<u32>, Vec<u16>, Vec<u16>, Vec<i32>)> = None;
+        let mut expected = None;
         for ctx in contexts() {
             let set = case.set(&ctx);
-            for t in 0..case.tables.len() {
-                let made = set.encode(t, &encodings()[chosen[t]], &ctx).unwrap();
+            for (t, &chosen) in chosen.iter().enumerate().take(case.tables.len()) {
+                let made = set.encode(t, encodings()[chosen], &ctx).unwrap();
                 set.swap_rows(t, made.rows).unwrap();
             }
             for decoded in [false, true] {
                 if decoded {
                     for t in 0..case.tables.len() {
-                        let fp32 = set.encode(t, &encoding(RowFormat::Fp32, Method::MinMax, None), &ctx).unwrap();
+                        let fp32 = set.encode(t, encoding(RowFormat::Fp32, Method::MinMax, None), &ctx).unwrap();
                         prop_assert!(fp32.errors.iter().all(|&e| e == 0.0));
                         set.swap_rows(t, fp32.rows).unwrap();
                     }
@@ -127,7 +127,8 @@ proptest! {
                     prop_assert_eq!(half[i].to_bits(), bf16::from_f32(out[i]).to_bits());
                 }
                 let to_bits = |x: &[f16]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                let now = (bits(&out), to_bits(&fp16), half.iter().map(|x| x.to_bits()).collect(), argmax);
+                let half: Vec<u16> = half.iter().map(|x| x.to_bits()).collect();
+                let now = (bits(&out), to_bits(&fp16), half, argmax);
                 let expected = expected.get_or_insert_with(|| now.clone());
                 prop_assert_eq!(&*expected, &now, "{:?} on {} threads", ctx.level, ctx.threads);
             }
@@ -144,7 +145,7 @@ proptest! {
         for format in [RowFormat::Int8, RowFormat::Int4, RowFormat::Int2] {
             for scales in ScaleFormat::ALL {
                 let made = TableRows::encode(
-                    &source, &spec(3, dim), &encoding(format, Method::MinMax, Some(scales)), &Context::default(),
+                    &source, &spec(3, dim), encoding(format, Method::MinMax, Some(scales)), &Context::default(),
                 ).unwrap();
                 for (row, x) in source.chunks(dim).enumerate() {
                     let (scale, bias, codes) = parts(&made.rows, dim, row);
@@ -160,7 +161,7 @@ proptest! {
         for format in [RowFormat::Int8, RowFormat::Int4, RowFormat::Int2] {
             let errors = [Method::MinMax, Method::LeastSquares].map(|method| {
                 let scales = Some(ScaleFormat::Fp16);
-                TableRows::encode(&source, &spec(20, dim), &encoding(format, method, scales), &Context::default())
+                TableRows::encode(&source, &spec(20, dim), encoding(format, method, scales), &Context::default())
                     .unwrap()
                     .errors
             });
@@ -209,7 +210,7 @@ fn laplace(rows: usize, dim: usize) -> Vec<f32> {
 fn mean_error(source: &[f32], dim: usize, format: RowFormat, method: Method) -> f64 {
     let rows = source.len() / dim;
     let made =
-        TableRows::encode(source, &spec(rows, dim), &encoding(format, method, None), &Context::default());
+        TableRows::encode(source, &spec(rows, dim), encoding(format, method, None), &Context::default());
     let errors = made.unwrap().errors;
     errors.iter().map(|&e| f64::from(e)).sum::<f64>() / rows as f64
 }
@@ -246,10 +247,10 @@ fn constant_denormal_and_huge_rows_decode_right() {
                 if encoding.scales == Some(ScaleFormat::Fp16) || encoding.format == RowFormat::Fp16 {
                     continue; // not for rows of any magnitude
                 }
-                let made = TableRows::encode(&source, &spec(4, dim), &encoding, &Context::default()).unwrap();
+                let made = TableRows::encode(&source, &spec(4, dim), encoding, &Context::default()).unwrap();
                 let step = x.abs() * spread / ((1_u64 << encoding.format.bits().min(32)) - 1) as f32;
                 let rounding = if encoding.format == RowFormat::Bf16 { 1.5 * x.abs() / 512.0 } else { 0.0 };
-                let bound = f64::from(tolerance) + 1.1 * f64::from(step) + f64::from(rounding);
+                let bound = tolerance + 1.1 * f64::from(step) + f64::from(rounding);
                 assert!(
                     f64::from(made.largest_error) <= bound,
                     "{x} {spread} {encoding:?}: {}",
@@ -267,7 +268,7 @@ fn scales_are_fp16_where_that_holds_them_and_bf16_elsewhere() {
         let made = TableRows::encode(
             &source,
             &spec(100, 64),
-            &encoding(RowFormat::Int4, Method::LeastSquares, None),
+            encoding(RowFormat::Int4, Method::LeastSquares, None),
             &Context::default(),
         );
         made.unwrap().rows.scale_format()
@@ -280,19 +281,19 @@ fn scales_are_fp16_where_that_holds_them_and_bf16_elsewhere() {
 fn what_cannot_be_encoded_is_named() {
     let ctx = Context::default();
     let mut source = rows_of(2, 300, 20, 1.0, 0.0);
-    let refused = |source: &[f32], encoding: &Encoding| {
+    let refused = |source: &[f32], encoding: Encoding| {
         TableRows::encode(source, &spec(300, 20), encoding, &ctx).map(|_| ()).unwrap_err().to_string()
     };
     source[123 * 20 + 7] = f32::NAN;
     source[200 * 20] = f32::INFINITY;
     for mut encoding in encodings() {
-        assert_eq!(refused(&source, &encoding), "row 123 of table 't': expected finite numbers, got NaN");
+        assert_eq!(refused(&source, encoding), "row 123 of table 't': expected finite numbers, got NaN");
         encoding.zero_not_finite = true;
-        let made = TableRows::encode(&source, &spec(300, 20), &encoding, &ctx).unwrap();
+        let made = TableRows::encode(&source, &spec(300, 20), encoding, &ctx).unwrap();
         let mut zeroed = source.clone();
         zeroed.iter_mut().filter(|x| !x.is_finite()).for_each(|x| *x = 0.0);
         encoding.zero_not_finite = false;
-        let expected = TableRows::encode(&zeroed, &spec(300, 20), &encoding, &ctx).unwrap();
+        let expected = TableRows::encode(&zeroed, &spec(300, 20), encoding, &ctx).unwrap();
         assert!(bytes(&made.rows) == bytes(&expected.rows), "{encoding:?}");
     }
     source[123 * 20 + 7] = -1e9;
@@ -300,25 +301,25 @@ fn what_cannot_be_encoded_is_named() {
     source[201 * 20] = -3e38;
     let fp16 = encoding(RowFormat::Fp16, Method::MinMax, None);
     assert_eq!(
-        refused(&source, &fp16),
+        refused(&source, fp16),
         "row 123 of table 't': expected numbers of at most 6.5504e4 in size, which fp16 holds, got -1e9"
     );
     let int4 = encoding(RowFormat::Int4, Method::MinMax, Some(ScaleFormat::Fp16));
     assert_eq!(
-        refused(&source, &int4),
+        refused(&source, int4),
         "row 123 of table 't': expected elements whose scale and bias fp16 holds, got -1e9"
     );
     source[202 * 20] = 3e38;
     source[202 * 20 + 1] = -3e38;
     let int4 = encoding(RowFormat::Int4, Method::MinMax, None);
     assert!(
-        refused(&source, &int4)
+        refused(&source, int4)
             .starts_with("row 202 of table 't': expected elements whose scale and bias bf16 holds")
     );
-    let short = TableRows::encode(&source[1..], &spec(300, 20), &int4, &ctx).map(|_| ()).unwrap_err();
+    let short = TableRows::encode(&source[1..], &spec(300, 20), int4, &ctx).map(|_| ()).unwrap_err();
     assert_eq!(short.to_string(), "rows of table 't': expected 6000 elements, got 5999");
     for (format, method) in [(RowFormat::Fp16, Method::LeastSquares), (RowFormat::Int8, Method::Codebook)] {
-        let message = refused(&source, &encoding(format, method, None));
+        let message = refused(&source, encoding(format, method, None));
         assert!(message.starts_with("method: expected "), "{message}");
     }
 }
@@ -328,7 +329,7 @@ fn rows_are_swapped_only_for_rows_of_their_shape() {
     let ctx = Context::default();
     let case = common::large_case(dlrm_core::Pooling::Sum);
     let set = case.set(&ctx);
-    let made = set.encode(0, &encoding(RowFormat::Int8, Method::MinMax, None), &ctx).unwrap();
+    let made = set.encode(0, encoding(RowFormat::Int8, Method::MinMax, None), &ctx).unwrap();
     let message = set.swap_rows(1, made.rows).map(|_| ()).unwrap_err().to_string();
     assert_eq!(message, "rows of table 't1': expected 3 x 33, got 5000 x 64");
 }
@@ -340,14 +341,14 @@ fn an_optimizer_trains_fp32_rows_alone() {
     let set = common::large_case(dlrm_core::Pooling::Sum).set(&ctx);
     let int8 = encoding(RowFormat::Int8, Method::MinMax, None);
     set.set_optimizer(Kind::Adagrad, &ctx).unwrap();
-    let refused = set.swap_rows(0, set.encode(0, &int8, &ctx).unwrap().rows).map(|_| ()).unwrap_err();
+    let refused = set.swap_rows(0, set.encode(0, int8, &ctx).unwrap().rows).map(|_| ()).unwrap_err();
     assert_eq!(
         refused.to_string(),
         "rows of table 't0': expected fp32 rows, got int8 rows for a table that adagrad trains"
     );
     set.clear_optimizer(&ctx).unwrap();
     assert_eq!(set.memory_report().unwrap()[0].state, 0);
-    set.swap_rows(0, set.encode(0, &int8, &ctx).unwrap().rows).unwrap();
+    set.swap_rows(0, set.encode(0, int8, &ctx).unwrap().rows).unwrap();
     let refused = set.set_optimizer(Kind::Sgd, &ctx).unwrap_err().to_string();
     assert_eq!(refused, "optimizer: expected tables of fp32 rows, got int8 rows in table 't0'");
 }
@@ -364,7 +365,7 @@ fn rows_written_in_parts_are_those_written_at_once() {
             set.write_rows(0, first, part, &ctx).unwrap();
         }
         let whole = encoding(format, Method::MinMax, Some(ScaleFormat::Bf16));
-        let whole = TableRows::encode(&source, &spec(100, 37), &whole, &ctx).unwrap();
+        let whole = TableRows::encode(&source, &spec(100, 37), whole, &ctx).unwrap();
         assert!(set.read_rows(0, bytes).unwrap() == bytes(&whole.rows), "{format}");
         let message = set.write_rows(0, 64, &source, &ctx).unwrap_err().to_string();
         assert_eq!(
@@ -379,7 +380,7 @@ fn poll_ends_an_encoding() {
     let ctx = Context { poll: &|| true, ..Context::default() };
     let source = rows_of(4, 10_000, 64, 1.0, 0.0);
     let int8 = encoding(RowFormat::Int8, Method::MinMax, None);
-    let ended = TableRows::encode(&source, &spec(10_000, 64), &int8, &ctx).map(|_| ());
+    let ended = TableRows::encode(&source, &spec(10_000, 64), int8, &ctx).map(|_| ());
     assert_eq!(ended.unwrap_err(), Error::Interrupted);
 }
 

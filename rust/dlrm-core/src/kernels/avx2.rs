@@ -7,6 +7,7 @@
 
 use std::arch::x86_64::*;
 
+use super::avx512::Avx512;
 use super::{Kernel, LANES, Lanes, Simd};
 
 #[derive(Clone, Copy)]
@@ -61,11 +62,58 @@ impl Avx2 {
     fn look_up(self, codes: i32, codebook: &Lanes) -> __m256 {
         have!({
             let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-            let codes = _mm256_srlv_epi32(_mm256_set1_epi32(codes), shifts);
+            self.at_places(_mm256_srlv_epi32(_mm256_set1_epi32(codes), shifts), codebook)
+        })
+    }
+
+    /// For a level that has all of this one's instructions.
+    #[inline(always)]
+    pub(super) fn of(_: Avx512) -> Self {
+        Self(())
+    }
+
+    /// Two halves of two halves added up: lane `i` of the four is the sum of `i`, `i + 8`, `i + 4` and `i + 12`.
+    #[inline(always)]
+    fn quarter(self, v: Pair) -> __m128 {
+        have!({
+            let half = _mm256_add_ps(v[0], v[1]);
+            _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
+        })
+    }
+
+    /// Of 8 numbers the place among `middles`, as how many are below it: by search, halving what is left.
+    #[inline(always)]
+    fn search(self, v: __m256, middles: &[f32; LANES - 1]) -> __m256i {
+        // What is compared with in a step, by the place so far: of 1, 2, 4 and 8.
+        const fn of_step(middles: &[f32; LANES - 1], step: usize) -> [f32; HALF] {
+            let mut of = [0.0; HALF];
+            let mut place = 0;
+            while place << (4 - step) < LANES && place < HALF {
+                of[place] = middles[(place << (4 - step)) + (HALF >> step) - 1];
+                place += 1;
+            }
+            of
+        }
+        have!({
+            let mut place = _mm256_setzero_si256();
+            for step in 0..4 {
+                let middles = _mm256_loadu_ps(of_step(middles, step).as_ptr());
+                let middle = _mm256_permutevar8x32_ps(middles, place);
+                let beyond = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(v, middle)); // -1 where it is
+                place = _mm256_sub_epi32(_mm256_add_epi32(place, place), beyond);
+            }
+            place
+        })
+    }
+
+    /// `of[place]` of 8 places.
+    #[inline(always)]
+    fn at_places(self, places: __m256i, of: &Lanes) -> __m256 {
+        have!({
             // Only the low 3 bits of an index count; the fourth, as a sign, chooses between the halves.
-            let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(codebook.as_ptr()), codes);
-            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(codebook[HALF..].as_ptr()), codes);
-            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes)))
+            let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(of.as_ptr()), places);
+            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(of[HALF..].as_ptr()), places);
+            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(places)))
         })
     }
 
@@ -250,6 +298,57 @@ impl Simd for Avx2 {
             let bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
             _mm_storeu_si128(to.as_mut_ptr().cast(), bytes);
         });
+    }
+
+    #[inline(always)]
+    fn choose(self, v: Pair, middles: &[f32; LANES - 1], of: &Lanes) -> Pair {
+        [self.at_places(self.search(v[0], middles), of), self.at_places(self.search(v[1], middles), of)]
+    }
+
+    #[inline(always)]
+    fn sum(self, v: Pair) -> f32 {
+        have!({
+            let quarter = self.quarter(v);
+            let pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+            _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)))
+        })
+    }
+
+    #[inline(always)]
+    fn sums(self, vectors: [Pair; 4]) -> [f32; 4] {
+        let [a, b, c, d] = vectors;
+        let (a, b, c, d) = (self.quarter(a), self.quarter(b), self.quarter(c), self.quarter(d));
+        let mut sums = [0.0; 4];
+        have!({
+            // Transposed: the first lanes of all four, the second ones, and so on.
+            let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
+            let (first, second) = (_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+            let (ab, cd) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
+            let (third, fourth) = (_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+            let all = _mm_add_ps(_mm_add_ps(first, third), _mm_add_ps(second, fourth));
+            _mm_storeu_ps(sums.as_mut_ptr(), all);
+        });
+        sums
+    }
+
+    #[inline(always)]
+    fn lowest(self, v: Pair) -> f32 {
+        have!({
+            let half = _mm256_min_ps(v[0], v[1]);
+            let quarter = _mm_min_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
+            let pair = _mm_min_ps(quarter, _mm_movehl_ps(quarter, quarter));
+            _mm_cvtss_f32(_mm_min_ss(pair, _mm_movehdup_ps(pair)))
+        })
+    }
+
+    #[inline(always)]
+    fn highest(self, v: Pair) -> f32 {
+        have!({
+            let half = _mm256_max_ps(v[0], v[1]);
+            let quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
+            let pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+            _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)))
+        })
     }
 
     #[inline(always)]

@@ -7,6 +7,7 @@
 
 use std::arch::x86_64::*;
 
+use super::avx2::Avx2;
 use super::{Kernel, LANES, Lanes, Simd};
 
 #[derive(Clone, Copy)]
@@ -30,6 +31,17 @@ macro_rules! have {
         // floats as the intrinsic, or its mask, touches.
         unsafe { $call }
     };
+}
+
+impl Avx512 {
+    /// A vector in two registers.
+    #[inline(always)]
+    fn halves(self, v: __m512) -> [__m256; 2] {
+        have!({
+            let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v));
+            [_mm512_castps512_ps256(v), _mm256_castpd_ps(high)]
+        })
+    }
 }
 
 /// The mask of the first `n < LANES` lanes.
@@ -191,6 +203,45 @@ impl Simd for Avx512 {
             let pairs = _mm512_or_epi64(codes, _mm512_srli_epi64::<28>(codes));
             _mm_storel_epi64(to.as_mut_ptr().cast(), _mm512_cvtepi64_epi8(pairs));
         });
+    }
+
+    #[inline(always)]
+    fn choose(self, v: __m512, middles: &[f32; LANES - 1], of: &Lanes) -> __m512 {
+        // What is compared with in a step, by the place so far; the last is of every second one.
+        let all = &mut [0.0; LANES];
+        all[..LANES - 1].copy_from_slice(middles);
+        have!({
+            let all = _mm512_loadu_ps(all.as_ptr());
+            let mut place = _mm512_setzero_si512();
+            for step in [8, 4, 2, 1] {
+                // The place of the middle one of what is left.
+                let middle = _mm512_add_epi32(place, _mm512_set1_epi32(step - 1));
+                let beyond = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(v, _mm512_permutexvar_ps(middle, all));
+                place = _mm512_mask_add_epi32(place, beyond, place, _mm512_set1_epi32(step));
+            }
+            _mm512_permutexvar_ps(place, _mm512_loadu_ps(of.as_ptr()))
+        })
+    }
+
+    #[inline(always)]
+    fn sum(self, v: __m512) -> f32 {
+        Avx2::of(self).sum(self.halves(v))
+    }
+
+    #[inline(always)]
+    fn sums(self, vectors: [__m512; 4]) -> [f32; 4] {
+        let [a, b, c, d] = vectors;
+        Avx2::of(self).sums([self.halves(a), self.halves(b), self.halves(c), self.halves(d)])
+    }
+
+    #[inline(always)]
+    fn lowest(self, v: __m512) -> f32 {
+        Avx2::of(self).lowest(self.halves(v))
+    }
+
+    #[inline(always)]
+    fn highest(self, v: __m512) -> f32 {
+        Avx2::of(self).highest(self.halves(v))
     }
 
     #[inline(always)]

@@ -3,8 +3,8 @@
 //! ```text
 //! error[row] = sqrt(sum of (x - y)^2 / sum of x^2),  0 where nothing differs
 //! ```
-//! Both sums are taken of the row times a power of two that brings its largest element near 1, so that no square is
-//! too large or too small for single precision.
+//! Where the squares are too large or too small for single precision, they are taken of the row times a power of two that
+//! brings its largest element near 1.
 
 use super::fit::Span;
 use super::{Kernel, LANES, Simd};
@@ -25,28 +25,47 @@ impl<R: Rows> Kernel for Compare<'_, R> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> f32 {
-        let zero = simd.splat(0.0);
-        let mut largest = zero;
+        /// Sums of squares between these are as precise as single precision is.
+        const PRECISE: std::ops::Range<f32> = 1e-24..1e30;
+        let mut largest = simd.splat(0.0);
         for (i, (row, error)) in self.source.chunks_exact(self.rows.dim()).zip(self.errors).enumerate() {
-            let unit = simd.splat(near_one(Span::of(simd, row).largest()));
-            let (mut squares, mut off_squares) = (zero, zero);
-            let mut at = 0;
-            while at < row.len() {
-                let x = simd.load_at(row, at);
-                let off = simd.sub(x, self.rows.load_at(simd, i, at));
-                largest = simd.max(largest, simd.max(off, simd.sub(zero, off)));
-                let (x, off) = (simd.mul(x, unit), simd.mul(off, unit));
-                squares = simd.add(squares, simd.mul(x, x));
-                off_squares = simd.add(off_squares, simd.mul(off, off));
-                at += LANES;
+            let mut squares = sum_squares::<S, R, false>(simd, self.rows, i, row, 1.0, &mut largest);
+            if !squares.iter().all(|sum| PRECISE.contains(sum)) {
+                let unit = near_one(Span::of(simd, row).largest());
+                squares = sum_squares::<S, R, true>(simd, self.rows, i, row, unit, &mut largest);
             }
-            let off = simd.sum(off_squares);
-            *error = if off > 0.0 { (off / simd.sum(squares)).sqrt() } else { 0.0 };
+            let [whole, off] = squares;
+            *error = if off > 0.0 { (off / whole).sqrt() } else { 0.0 };
         }
-        let mut lanes = [0.0; LANES];
-        simd.store(&mut lanes, largest);
-        lanes.into_iter().fold(0.0, f32::max)
+        simd.highest(largest)
     }
+}
+
+/// The sums of the squares of a row's elements, and of what row `i` of `rows` is off by, both times `unit` when
+/// `SCALED`; `largest` is raised to what is off most.
+#[inline(always)]
+fn sum_squares<S: Simd, R: Rows, const SCALED: bool>(
+    simd: S,
+    rows: R,
+    i: usize,
+    row: &[f32],
+    unit: f32,
+    largest: &mut S::V,
+) -> [f32; 2] {
+    let (zero, unit) = (simd.splat(0.0), simd.splat(unit));
+    let mut sums = [zero; 4];
+    let mut at = 0;
+    while at < row.len() {
+        let x = simd.load_at(row, at);
+        let off = simd.sub(x, rows.load_at(simd, i, at));
+        *largest = simd.max(*largest, simd.max(off, simd.sub(zero, off)));
+        let (x, off) = if SCALED { (simd.mul(x, unit), simd.mul(off, unit)) } else { (x, off) };
+        sums[0] = simd.add(sums[0], simd.mul(x, x));
+        sums[1] = simd.add(sums[1], simd.mul(off, off));
+        at += LANES;
+    }
+    let [whole, off, ..] = simd.sums(sums);
+    [whole, off]
 }
 
 /// A power of two that brings `x` near 1, as far as single precision has one.

@@ -14,11 +14,11 @@ use crate::RowFormat;
 use crate::scales::ScaleFormat;
 use crate::table_rows::UNIFORM;
 
-/// Parts of a row's span that a search starts from.
+/// Parts of a row's range that a search starts from.
 const STARTS: [f32; 4] = [1.0, 0.9, 0.8, 0.7];
 
-/// Times that codes, and scale and bias, are renewed at most.
-const ROUNDS: usize = 8;
+/// Times that codes, and scale and bias, are renewed at most: more gain less than a hundredth of the error.
+const ROUNDS: usize = 5;
 
 /// The numbers that codes of 4 bits mean, and what lies half-way between them.
 #[derive(Clone, Copy)]
@@ -45,30 +45,29 @@ impl Span {
     #[inline(always)]
     pub(crate) fn of<S: Simd>(simd: S, row: &[f32]) -> Self {
         let first = simd.splat(row[0]);
-        let (mut min, mut max, mut nan) = (first, first, simd.splat(0.0));
+        let (mut min, mut max, mut sum) = (first, first, simd.splat(0.0));
         let mut at = 0;
         while at < row.len() {
             let rest = &row[at..];
-            let x = match rest.first_chunk() {
-                Some(whole) => simd.load(whole),
-                None => {
-                    let mut lanes = [row[0]; LANES];
-                    lanes[..rest.len()].copy_from_slice(rest);
-                    simd.load(&lanes)
-                }
+            let x = if let Some(whole) = rest.first_chunk() {
+                simd.load(whole)
+            } else {
+                let mut lanes = [row[0]; LANES];
+                lanes[..rest.len()].copy_from_slice(rest);
+                simd.load(&lanes)
             };
             min = simd.min(min, x);
             max = simd.max(max, x);
-            nan = simd.add(nan, simd.sub(x, x)); // of an infinity too
+            sum = simd.add(sum, x);
             at += LANES;
         }
-        let mut lanes = [[0.0; LANES]; 2];
-        simd.store(&mut lanes[0], min);
-        simd.store(&mut lanes[1], max);
         // Zeros of either sign are equal, and which one is found depends on the order: + 0.0 makes them positive.
-        let min = lanes[0].iter().fold(lanes[0][0], |a, &b| if b < a { b } else { a }) + 0.0;
-        let max = lanes[1].iter().fold(lanes[1][0], |a, &b| if b > a { b } else { a }) + 0.0;
-        Self { min, max, finite: simd.sum(nan) == 0.0 }
+        Self {
+            min: simd.lowest(min) + 0.0,
+            max: simd.highest(max) + 0.0,
+            // What is not finite makes the sum so; large numbers may, too.
+            finite: simd.sum(sum).is_finite() || row.iter().all(|x| x.is_finite()),
+        }
     }
 
     /// The largest element in size.
@@ -116,14 +115,6 @@ impl Affine {
         self.scale.is_finite() && self.bias.is_finite()
     }
 
-    /// The best for the codes that this one gives; `None` where all are the same.
-    #[inline(always)]
-    pub(super) fn renewed<S: Simd, C: Code>(self, simd: S, code: C, row: &[f32]) -> Option<Self> {
-        let [factor, offset] = regress(simd, code, row, self)?;
-        let scale = self.scale * factor;
-        Some(Self { scale, bias: self.bias + self.scale * offset, inverse: 1.0 / scale })
-    }
-
     /// `(x - bias) / scale`.
     #[inline(always)]
     pub(super) fn to_codes<S: Simd>(self, simd: S, x: S::V) -> S::V {
@@ -158,28 +149,116 @@ impl Code for Uniform {
     }
 }
 
-impl Codebook {
-    /// `of[code]` of the nearest number's code.
-    #[inline(always)]
-    fn choose<S: Simd>(self, simd: S, x: S::V, of: &Lanes) -> S::V {
-        let mut chosen = simd.splat(of[0]);
-        for k in 0..LANES - 1 {
-            let beyond = simd.greater(x, simd.splat(self.middles[k]));
-            chosen = simd.select(beyond, simd.splat(of[k + 1]), chosen);
-        }
-        chosen
-    }
-}
-
 impl Code for Codebook {
     #[inline(always)]
     fn nearest<S: Simd>(self, simd: S, x: S::V) -> S::V {
-        self.choose(simd, x, &self.numbers)
+        simd.choose(x, &self.middles, &self.numbers)
     }
 
     #[inline(always)]
     fn index<S: Simd>(self, simd: S, x: S::V) -> S::V {
-        self.choose(simd, x, &UNIFORM)
+        simd.choose(x, &self.middles, &UNIFORM)
+    }
+}
+
+/// A row less the middle of its range: sums of it lose no precision to a large mean.
+#[derive(Clone, Copy)]
+pub(super) struct Centered<'a> {
+    row: &'a [f32],
+    middle: f32,
+    /// The sum of its elements.
+    total: f32,
+}
+
+/// Scales and biases of a centered row, tried side by side: what one waits for, another can use.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) struct Trials<const N: usize> {
+    scale: [f32; N],
+    bias: [f32; N],
+}
+
+impl<'a> Centered<'a> {
+    #[inline(always)]
+    pub(super) fn new<S: Simd>(simd: S, row: &'a [f32], span: Span) -> Self {
+        let mut centered = Self { row, middle: f32::midpoint(span.min, span.max), total: 0.0 };
+        let mut total = simd.splat(0.0);
+        let mut at = 0;
+        while at < row.len() {
+            total = simd.add(total, centered.load(simd, at));
+            at += LANES;
+        }
+        centered.total = simd.sum(total);
+        centered
+    }
+
+    /// A vector of it, zero beyond its end.
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, at: usize) -> S::V {
+        let x = simd.sub(simd.load_at(self.row, at), simd.splat(self.middle));
+        if at + LANES > self.row.len() { simd.first(x, self.row.len() - at) } else { x }
+    }
+
+    /// Trials that start from parts of the range; `scale` is that of all of it.
+    #[inline(always)]
+    pub(super) fn start<const N: usize>(self, span: Span, scale: f32, parts: [f32; N]) -> Trials<N> {
+        let half = (span.max - span.min) / 2.0;
+        let mut trials = Trials { scale: [0.0; N], bias: [0.0; N] };
+        for i in 0..N {
+            trials.scale[i] = scale * parts[i];
+            trials.bias[i] = -half * parts[i];
+        }
+        trials
+    }
+
+    /// The best scales and biases for the codes that those of `trials` give, by regression; where all codes are the same,
+    /// what was.
+    #[inline(always)]
+    pub(super) fn renewed<S: Simd, C: Code, const N: usize>(
+        self,
+        simd: S,
+        code: C,
+        trials: Trials<N>,
+    ) -> Trials<N> {
+        // Of each trial: the sums of codes, of their squares, and of their products with the elements.
+        let mut sums = [[simd.splat(0.0); 4]; N];
+        let mut at = 0;
+        while at < self.row.len() {
+            let x = self.load(simd, at);
+            for i in 0..N {
+                let offset = simd.sub(x, simd.splat(trials.bias[i]));
+                let y = simd.mul(offset, simd.splat(1.0 / trials.scale[i]));
+                let mut c = code.nearest(simd, y);
+                if at + LANES > self.row.len() {
+                    c = simd.first(c, self.row.len() - at);
+                }
+                sums[i][0] = simd.add(sums[i][0], c);
+                sums[i][1] = simd.add(sums[i][1], simd.mul(c, c));
+                sums[i][2] = simd.add(sums[i][2], simd.mul(c, x));
+            }
+            at += LANES;
+        }
+        let (n, total) = (self.row.len() as f64, f64::from(self.total));
+        let mut renewed = trials;
+        for i in 0..N {
+            let [c, cc, cx, _] = simd.sums(sums[i]);
+            let [c, cc, cx] = [f64::from(c), f64::from(cc), f64::from(cx)];
+            let spread = n * cc - c * c;
+            let scale = (n * cx - c * total) / spread;
+            if spread > 0.0 && scale > 0.0 {
+                renewed.scale[i] = scale as f32;
+                renewed.bias[i] = ((total - scale * c) / n) as f32;
+            }
+        }
+        renewed
+    }
+}
+
+impl<const N: usize> Trials<N> {
+    /// The first scale and bias of a row, not rounded.
+    #[inline(always)]
+    pub(super) fn first(self, row: Centered) -> Affine {
+        let scale = self.scale[0];
+        Affine { scale, bias: row.middle + self.bias[0], inverse: 1.0 / scale }
     }
 }
 
@@ -199,84 +278,58 @@ impl Fit<'_> {
         if !range.is_normal() || !(1.0 / range).is_normal() {
             return minmax;
         }
-        let mut best = minmax;
-        let mut least = self.error(simd, code, minmax);
-        for start in STARTS {
-            let outer = range * (1.0 - start) / 2.0;
-            // minmax's scale is that of the whole range, whatever its codes are.
-            let found = self.descend(simd, code, minmax.scale.abs() * start, self.span.min + outer);
-            if !found.is_finite() || !found.inverse.is_finite() {
-                continue;
-            }
-            let error = self.error(simd, code, found);
-            if error < least {
-                (best, least) = (found, error);
-            }
-        }
-        best
-    }
-
-    /// Renews codes, and scale and bias, in turn, and rounds what comes out.
-    #[inline(always)]
-    fn descend<S: Simd, C: Code>(self, simd: S, code: C, mut scale: f32, mut bias: f32) -> Affine {
+        let row = Centered::new(simd, self.row, self.span);
+        let mut trials = row.start(self.span, minmax.scale.abs(), STARTS);
         for _ in 0..ROUNDS {
-            let now = Affine { scale, bias, inverse: 1.0 / scale };
-            let Some(renewed) = now.renewed(simd, code, self.row).filter(|&renewed| renewed != now) else {
+            let renewed = row.renewed(simd, code, trials);
+            if renewed == trials {
                 break;
-            };
-            Affine { scale, bias, .. } = renewed;
+            }
+            trials = renewed;
         }
-        let scale = self.scale_format.round(scale);
-        Affine { scale, bias: self.scale_format.round(bias), inverse: 1.0 / scale }
+        let mut found = [minmax; STARTS.len() + 1];
+        for i in 0..STARTS.len() {
+            let scale = self.scale_format.round(trials.scale[i]);
+            let bias = self.scale_format.round(row.middle + trials.bias[i]);
+            let affine = Affine { scale, bias, inverse: 1.0 / scale };
+            if affine.is_finite() && affine.inverse.is_finite() {
+                found[i] = affine;
+            }
+        }
+        let errors = self.errors(simd, code, found);
+        let mut best = STARTS.len(); // minmax, unless another is better
+        for i in 0..STARTS.len() {
+            if errors[i] < errors[best] {
+                best = i;
+            }
+        }
+        found[best]
     }
 
-    /// The sum of squares of what the codes are off by, in units of the row's range.
+    /// The sums of squares of what the codes are off by, in units of the row's range.
     #[inline(always)]
-    fn error<S: Simd, C: Code>(self, simd: S, code: C, affine: Affine) -> f32 {
-        let (scale, bias) = (simd.splat(affine.scale), simd.splat(affine.bias));
+    fn errors<S: Simd, C: Code, const N: usize>(self, simd: S, code: C, found: [Affine; N]) -> [f32; N] {
         let unit = simd.splat(1.0 / (self.span.max - self.span.min));
-        let mut squares = simd.splat(0.0);
+        let mut squares = [simd.splat(0.0); N];
         let mut at = 0;
         while at < self.row.len() {
             let x = simd.load_at(self.row, at);
-            let decoded = simd.mul(code.nearest(simd, affine.to_codes(simd, x)), scale);
-            let mut off = simd.mul(simd.sub(x, simd.add(decoded, bias)), unit);
-            if at + LANES > self.row.len() {
-                off = simd.first(off, self.row.len() - at);
+            for i in 0..N {
+                let codes = code.nearest(simd, found[i].to_codes(simd, x));
+                let decoded =
+                    simd.add(simd.mul(codes, simd.splat(found[i].scale)), simd.splat(found[i].bias));
+                let mut off = simd.mul(simd.sub(x, decoded), unit);
+                if at + LANES > self.row.len() {
+                    off = simd.first(off, self.row.len() - at);
+                }
+                squares[i] = simd.add(squares[i], simd.mul(off, off));
             }
-            squares = simd.add(squares, simd.mul(off, off));
             at += LANES;
         }
-        simd.sum(squares)
-    }
-}
-
-/// `[a, b]` that bring the sum of `(y - (a * code + b))^2` down to the least, `y` being the row in units of codes and
-/// `code` the nearest to it; `None` where all have the same code.
-#[inline(always)]
-fn regress<S: Simd, C: Code>(simd: S, code: C, row: &[f32], affine: Affine) -> Option<[f32; 2]> {
-    let mut sums = [simd.splat(0.0); 4];
-    let mut at = 0;
-    while at < row.len() {
-        let mut y = affine.to_codes(simd, simd.load_at(row, at));
-        let mut c = code.nearest(simd, y);
-        if at + LANES > row.len() {
-            (y, c) = (simd.first(y, row.len() - at), simd.first(c, row.len() - at));
+        let mut errors = [0.0; N];
+        for i in 0..N {
+            errors[i] = simd.sum(squares[i]);
         }
-        sums[0] = simd.add(sums[0], c);
-        sums[1] = simd.add(sums[1], simd.mul(c, c));
-        sums[2] = simd.add(sums[2], y);
-        sums[3] = simd.add(sums[3], simd.mul(c, y));
-        at += LANES;
+        errors
     }
-    let [c, cc] = [f64::from(simd.sum(sums[0])), f64::from(simd.sum(sums[1]))];
-    let [y, cy] = [f64::from(simd.sum(sums[2])), f64::from(simd.sum(sums[3]))];
-    let n = row.len() as f64;
-    let spread = n * cc - c * c;
-    if spread <= 0.0 {
-        return None;
-    }
-    let a = (n * cy - c * y) / spread;
-    let b = (y - a * c) / n;
-    (a > 0.0).then_some([a as f32, b as f32])
 }

@@ -17,6 +17,7 @@ pub(crate) trait Kernel {
 }
 
 /// The operations of one level; a value of the type is the proof that the CPU has it.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what is loaded is in memory, however small")]
 pub(crate) trait Simd: Copy {
     /// [`LANES`] floats in registers.
     type V: Copy;
@@ -103,8 +104,7 @@ pub(crate) trait Simd: Copy {
     /// The first `n` lanes, the others zero.
     #[inline(always)]
     fn first(self, v: Self::V, n: usize) -> Self::V {
-        let mut lanes = [0.0; LANES];
-        self.store(&mut lanes, v);
+        let mut lanes = self.lanes(v);
         lanes[n..].fill(0.0);
         self.load(&lanes)
     }
@@ -120,8 +120,7 @@ pub(crate) trait Simd: Copy {
     /// The first `to.len() < LANES` lanes.
     #[inline(always)]
     fn store_partial(self, to: &mut [f32], v: Self::V) {
-        let mut lanes = [0.0; LANES];
-        self.store(&mut lanes, v);
+        let lanes = self.lanes(v);
         to.copy_from_slice(&lanes[..to.len()]);
     }
 
@@ -145,19 +144,51 @@ pub(crate) trait Simd: Copy {
         }
     }
 
+    /// `of[k]` for each lane, `k` being how many of `middles`, which ascend, are below it.
+    #[inline(always)]
+    fn choose(self, v: Self::V, middles: &[f32; LANES - 1], of: &Lanes) -> Self::V {
+        let mut chosen = self.splat(of[0]);
+        for k in 0..LANES - 1 {
+            let beyond = self.greater(v, self.splat(middles[k]));
+            chosen = self.select(beyond, self.splat(of[k + 1]), chosen);
+        }
+        chosen
+    }
+
     /// The sum of all lanes, halves added onto halves: the same order at every level.
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
+        self.sums([v; 4])[0]
+    }
+
+    /// [`Simd::sum`] of each.
+    #[inline(always)]
+    fn sums(self, vectors: [Self::V; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        for i in 0..4 {
+            sums[i] = halved(self.lanes(vectors[i]), |a, b| a + b);
+        }
+        sums
+    }
+
+    /// The lowest lane; none is NaN.
+    #[inline(always)]
+    fn lowest(self, v: Self::V) -> f32 {
+        halved(self.lanes(v), |a, b| if b < a { b } else { a })
+    }
+
+    /// The highest lane; none is NaN.
+    #[inline(always)]
+    fn highest(self, v: Self::V) -> f32 {
+        halved(self.lanes(v), |a, b| if b > a { b } else { a })
+    }
+
+    /// In memory.
+    #[inline(always)]
+    fn lanes(self, v: Self::V) -> Lanes {
         let mut lanes = [0.0; LANES];
         self.store(&mut lanes, v);
-        let mut half = LANES / 2;
-        while half > 0 {
-            for i in 0..half {
-                lanes[i] += lanes[i + half];
-            }
-            half /= 2;
-        }
-        lanes[0]
+        lanes
     }
 
     /// Starts to bring the `bytes` at `at` near.
@@ -171,4 +202,17 @@ pub(crate) trait Simd: Copy {
             i += LINE;
         }
     }
+}
+
+/// All lanes in one, halves onto halves.
+#[inline(always)]
+fn halved(mut lanes: Lanes, onto: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = onto(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
 }

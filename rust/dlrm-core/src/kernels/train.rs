@@ -9,7 +9,7 @@
 //!         sums[nearest(y)] += [weight, weight * y]
 //! ```
 
-use super::fit::{Affine, Codebook, Span};
+use super::fit::{Affine, Centered, Codebook, Span};
 use super::{Kernel, LANES, Simd};
 use crate::RowFormat;
 use crate::scales::ScaleFormat;
@@ -32,10 +32,14 @@ impl Kernel for Train<'_> {
     fn run<S: Simd>(self, simd: S) -> Self::Output {
         let mut sums = [[0.0; 2]; LANES];
         for row in self.rows.chunks_exact(self.dim) {
-            let (mut affine, _) = Affine::minmax(RowFormat::Int4, ScaleFormat::Fp32, Span::of(simd, row));
+            let span = Span::of(simd, row);
+            let (minmax, _) = Affine::minmax(RowFormat::Int4, ScaleFormat::Fp32, span);
+            let centered = Centered::new(simd, row, span);
+            let mut trials = centered.start(span, minmax.scale, [1.0]);
             for _ in 0..ROUNDS {
-                affine = affine.renewed(simd, self.codebook, row).unwrap_or(affine);
+                trials = centered.renewed(simd, self.codebook, trials);
             }
+            let affine = trials.first(centered);
             let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
             let weight = f64::from(affine.scale) * f64::from(affine.scale) / squares;
             if weight.is_finite() {
