@@ -113,7 +113,8 @@ def quantized(module: nn.Module, bits: int) -> nn.Module:
         from torch.ao.nn import quantized as modules
         from torch.ao.quantization import float_qparams_weight_only_qconfig, float_qparams_weight_only_qconfig_4bit
 
-        module.qconfig = {8: float_qparams_weight_only_qconfig, 4: float_qparams_weight_only_qconfig_4bit}[bits]
+        configs = {8: float_qparams_weight_only_qconfig, 4: float_qparams_weight_only_qconfig_4bit}
+        module.__dict__["qconfig"] = configs[bits]
         made: nn.Module = getattr(modules, type(module).__name__).from_float(module)
         return made
 
@@ -152,7 +153,7 @@ def test_torchs_quantized_modules_that_cannot_be_taken_over_stay() -> None:
     table = quantized(nn.EmbeddingBag(50, 8, mode="sum"), 8)
     with pytest.raises(ValueError, match=r"dtype: expected None or 'int8' for the quantized 'embedding'.* got 'int4'"):
         dlrm_rs.replace_embeddings(table, dtype="int4")
-    table.mode = "mean"
+    table.__dict__["mode"] = "mean"
     with pytest.raises(
         ValueError, match=r"model: expected mode 'sum' and no pruned rows at 'embedding'.* got mode 'mean'"
     ):

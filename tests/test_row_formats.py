@@ -25,13 +25,15 @@ BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2}
 
 def rows_of(module: nn.Module) -> Tensor:
     """What the rows of a module decode to, `(N, D)` float64."""
-    return dlrm_rs.dequantize(copy.deepcopy(module)).weight.detach().double()  # type: ignore[operator,union-attr]
+    return dlrm_rs.dequantize(copy.deepcopy(module)).weight.detach().double()  # type: ignore[operator]
 
 
 def pooled(rows: Tensor, indices: Tensor, offsets: Tensor, mode: str, weights: Tensor | None) -> Tensor:
     """Bags pooled in float64 by torch."""
-    kwargs = {} if weights is None else {"per_sample_weights": weights.double()}
-    return nn.functional.embedding_bag(indices, rows, offsets, mode=mode, include_last_offset=True, **kwargs)
+    factors = None if weights is None else weights.double()
+    return nn.functional.embedding_bag(
+        indices, rows, offsets, mode=mode, include_last_offset=True, per_sample_weights=factors
+    )
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -182,7 +184,7 @@ def test_a_state_dict_of_tensors_brings_everything_back(dtype: str, method: str)
     config = dlrm_rs.EmbeddingBagConfig("t", 40, 7, ["f"])
     collection = dlrm_rs.EmbeddingBagCollection([config])
     with torch.no_grad():
-        collection.embedding_bags["t"].weight.pow_(3)  # type: ignore[operator,union-attr]
+        collection.embedding_bags["t"].weight.pow_(3)  # type: ignore[operator]
     dlrm_rs.quantize(collection, dtype, method=method)
     state = collection.state_dict()
     keys = {"weight_codes", "weight_scales", "weight_format", *(["weight_codebook"] if method == "codebook" else [])}

@@ -94,16 +94,18 @@ def replace_embeddings(
         single_table(module, name, format_of(dtype or module.weight.dtype), optimizer, module.weight.dtype)
         for name, module in found
     ]
-    taken = [torch_ao.tables_of(name, module, dtype and format_of(dtype)) for name, module in quantized]
+    taken = [
+        torch_ao.tables_of(name, module, None if dtype is None else format_of(dtype)) for name, module in quantized
+    ]
     for (_, module), table in zip(found, tables, strict=True):
         module.padding_idx = table.features[0].padding_idx
         module.__dict__["_tables"] = table
         module.__class__ = _REPLACEMENTS[type(module)]  # with all that it needs, should Ctrl-C come between
         table.release()
-    for (_, module), table in zip(quantized, taken, strict=True):
-        torch_ao.take_over(module)
-        module.__dict__["_tables"] = table
-        module.__class__ = EmbeddingBag if hasattr(module, "mode") else Embedding
+    for (_, owner), table in zip(quantized, taken, strict=True):
+        torch_ao.take_over(owner)
+        owner.__dict__["_tables"] = table
+        owner.__class__ = EmbeddingBag if hasattr(owner, "mode") else Embedding
     return model
 
 
