@@ -9,7 +9,7 @@ use crate::codebook;
 use crate::disjoint::Disjoint;
 use crate::kernels::compare::Compare;
 use crate::kernels::decode::Decode;
-use crate::kernels::encode::{Codes, Encode, Search};
+use crate::kernels::encode::{Encode, Search};
 use crate::kernels::{LANES, Lanes};
 use crate::memory::{check_available, zeros};
 use crate::rows::with_rows;
@@ -125,14 +125,12 @@ pub(crate) fn encode(
 ) -> Result<Encoded> {
     encoding.check()?;
     check_available(spec.rows as u128 * encoding.format.row_bytes(spec.dim) as u128, &spec.to_string())?;
-    let search = Search {
-        least_squares: encoding.method != Method::MinMax,
-        codes: match encoding.method {
-            Method::Codebook => {
-                Codes::Codebook(codebook::train(source, spec.rows, encoding.zero_not_finite, ctx))
-            }
-            _ => Codes::Uniform,
-        },
+    let search = match encoding.method {
+        Method::MinMax => Search::MinMax,
+        Method::LeastSquares => Search::LeastSquares,
+        Method::Codebook => {
+            Search::Codebook(codebook::train(source, spec.rows, encoding.zero_not_finite, ctx))
+        }
     };
     let attempt = |scales, precise| {
         let call = Call { source, spec, search, precise, zero: encoding.zero_not_finite };
@@ -219,7 +217,7 @@ impl Call<'_> {
     ) -> std::result::Result<Encoded, Failure> {
         let TableSpec { rows, dim, .. } = *self.spec;
         let mut made = TableRows::mapped((rows, dim), format, scales, &self.spec.to_string())?;
-        if let Codes::Codebook(codebook) = self.search.codes {
+        if let Search::Codebook(codebook) = self.search {
             made.codebook = codebook.numbers;
         }
         let mut errors: Vec<f32> = zeros(rows, "the errors of rows")?;

@@ -135,18 +135,18 @@ pub(crate) fn pack_mapped<S: Simd, P: Packing, M: Map>(
     into: &mut [P::Unit],
     map: M,
 ) {
-    let mut at = 0;
-    for units in into.chunks_mut(group_len::<P>()) {
-        let numbers = map.map(simd, simd.load_at(row, at));
-        if at + LANES <= row.len() {
-            packing.store(simd, &mut bytemuck::cast_slice_mut(units)[0], numbers);
-        } else {
-            let mut group = P::Group::zeroed();
-            packing.store(simd, &mut group, simd.first(numbers, row.len() - at));
-            let group = bytemuck::cast_slice(std::slice::from_ref(&group));
-            units.copy_from_slice(&group[..units.len()]);
-        }
-        at += LANES;
+    let (vectors, rest) = row.as_chunks();
+    let (whole, cut) = into.split_at_mut(vectors.len() * group_len::<P>());
+    let groups: &mut [P::Group] = bytemuck::cast_slice_mut(whole);
+    for (vector, group) in vectors.iter().zip(groups) {
+        packing.store(simd, group, map.map(simd, simd.load(vector)));
+    }
+    if !rest.is_empty() {
+        let numbers = map.map(simd, simd.load_partial(rest));
+        let mut group = P::Group::zeroed();
+        packing.store(simd, &mut group, simd.first(numbers, rest.len()));
+        let units = bytemuck::cast_slice(std::slice::from_ref(&group));
+        cut.copy_from_slice(&units[..cut.len()]);
     }
 }
 

@@ -25,47 +25,92 @@ impl<R: Rows> Kernel for Compare<'_, R> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> f32 {
-        /// Sums of squares between these are as precise as single precision is.
-        const PRECISE: std::ops::Range<f32> = 1e-24..1e30;
-        let mut largest = simd.splat(0.0);
-        for (i, (row, error)) in self.source.chunks_exact(self.rows.dim()).zip(self.errors).enumerate() {
-            let mut squares = sum_squares::<S, R, false>(simd, self.rows, i, row, 1.0, &mut largest);
-            if !squares.iter().all(|sum| PRECISE.contains(sum)) {
-                let unit = near_one(Span::of(simd, row).largest());
-                squares = sum_squares::<S, R, true>(simd, self.rows, i, row, unit, &mut largest);
+        let dim = self.rows.dim();
+        let mut worst = Worst { square: simd.splat(0.0), scaled: 0.0 };
+        let groups = self.source.chunks(dim * LANES).zip(self.errors.chunks_mut(LANES));
+        for (group, (rows, errors)) in groups.enumerate() {
+            // Divisions and roots wait long, but for 16 rows no longer than for one.
+            let (mut whole, mut off) = ([1.0; LANES], [0.0; LANES]);
+            for (i, row) in rows.chunks_exact(dim).enumerate() {
+                [whole[i], off[i]] = worst.compare(simd, self.rows, group * LANES + i, row);
             }
-            let [whole, off] = squares;
-            *error = if off > 0.0 { (off / whole).sqrt() } else { 0.0 };
+            let ratio = simd.div(simd.load(&off), simd.load(&whole));
+            errors.copy_from_slice(&simd.lanes(simd.sqrt(ratio))[..errors.len()]);
         }
-        simd.highest(largest)
+        simd.highest(worst.square).sqrt().max(worst.scaled)
     }
 }
 
-/// The sums of the squares of a row's elements, and of what row `i` of `rows` is off by, both times `unit` when
-/// `SCALED`; `largest` is raised to what is off most.
+/// What is off most, as its square, and of rows that are scaled as it is.
+struct Worst<V> {
+    square: V,
+    scaled: f32,
+}
+
+impl<V: Copy> Worst<V> {
+    /// The sums of the squares of a row's elements, and of what row `i` of `rows` is off by: not both 0.
+    #[inline(always)]
+    fn compare<S: Simd<V = V>, R: Rows>(&mut self, simd: S, rows: R, i: usize, row: &[f32]) -> [f32; 2] {
+        /// Sums of squares between these are as precise as single precision is.
+        const PRECISE: std::ops::Range<f32> = 1e-24..1e30;
+        let (squares, worst) = sum_squares(simd, rows, i, row, 1.0);
+        if squares.iter().all(|sum| PRECISE.contains(sum)) {
+            self.square = simd.max(self.square, worst);
+            return squares;
+        }
+        let unit = near_one(Span::of(simd, row).largest());
+        let (squares, worst) = sum_squares(simd, rows, i, row, unit);
+        self.scaled = self.scaled.max(simd.highest(worst).sqrt() / unit);
+        let [whole, off] = squares;
+        if off > 0.0 { [whole, off] } else { [1.0, 0.0] }
+    }
+}
+
+/// The sums of the squares of a row's elements, and of what row `i` of `rows` is off by, all times `unit`; and the largest
+/// of the latter squares, in any lane.
 #[inline(always)]
-fn sum_squares<S: Simd, R: Rows, const SCALED: bool>(
-    simd: S,
-    rows: R,
-    i: usize,
-    row: &[f32],
-    unit: f32,
-    largest: &mut S::V,
-) -> [f32; 2] {
-    let (zero, unit) = (simd.splat(0.0), simd.splat(unit));
-    let mut sums = [zero; 4];
+fn sum_squares<S: Simd, R: Rows>(simd: S, rows: R, i: usize, row: &[f32], unit: f32) -> ([f32; 2], S::V) {
+    /// Vectors that are decoded at once.
+    const COUNT: usize = 4;
+    let mut squares = Squares { unit: simd.splat(unit), sums: [simd.splat(0.0); 4], worst: simd.splat(0.0) };
+    let (vectors, rest) = row.as_chunks();
     let mut at = 0;
-    while at < row.len() {
-        let x = simd.load_at(row, at);
-        let off = simd.sub(x, rows.load_at(simd, i, at));
-        *largest = simd.max(*largest, simd.max(off, simd.sub(zero, off)));
-        let (x, off) = if SCALED { (simd.mul(x, unit), simd.mul(off, unit)) } else { (x, off) };
-        sums[0] = simd.add(sums[0], simd.mul(x, x));
-        sums[1] = simd.add(sums[1], simd.mul(off, off));
+    for vectors in vectors.chunks_exact(COUNT) {
+        let decoded = rows.load::<S, COUNT, true>(simd, i, at);
+        for k in 0..COUNT {
+            squares.add(simd, simd.load(&vectors[k]), decoded[k]);
+        }
+        at += COUNT * LANES;
+    }
+    for vector in vectors.chunks_exact(COUNT).remainder() {
+        squares.add(simd, simd.load(vector), rows.load_at(simd, i, at));
         at += LANES;
     }
-    let [whole, off, ..] = simd.sums(sums);
-    [whole, off]
+    if !rest.is_empty() {
+        squares.add(simd, simd.load_partial(rest), rows.load_at(simd, i, at));
+    }
+    let [whole, off, ..] = simd.sums(squares.sums);
+    ([whole, off], squares.worst)
+}
+
+/// What [`sum_squares`] adds up.
+struct Squares<V> {
+    unit: V,
+    /// Of elements, and of what they are off by; the others are not used.
+    sums: [V; 4],
+    worst: V,
+}
+
+impl<V: Copy> Squares<V> {
+    #[inline(always)]
+    fn add<S: Simd<V = V>>(&mut self, simd: S, x: V, decoded: V) {
+        let off = simd.mul(simd.sub(x, decoded), self.unit);
+        let x = simd.mul(x, self.unit);
+        let square = simd.mul(off, off);
+        self.worst = simd.max(self.worst, square);
+        self.sums[0] = simd.add(self.sums[0], simd.mul(x, x));
+        self.sums[1] = simd.add(self.sums[1], square);
+    }
 }
 
 /// A power of two that brings `x` near 1, as far as single precision has one.

@@ -2,31 +2,27 @@
 //!
 //! ```text
 //! fp16, bf16:        the nearest number, ties to even
-//! int8, int4, int2:  code = round((x - bias) / scale), from 0 to 2^bits - 1; scale and bias as `fit` finds them
+//! int8, int4, int2:  code = round((x - bias) / scale), from 0 to 2^bits - 1; scale and bias as `minmax` or `fit`
+//!                    finds them
 //! ```
 
-use super::fit::{Affine, Code, Codebook, Fit, Span, Uniform};
-use super::{Kernel, Simd};
+use super::fit::{Affine, CODEBOOK_STARTS, Code, Codebook, Fit, STARTS, Span, Uniform};
+use super::minmax::MinMax;
+use super::{Kernel, LANES, Simd};
 use crate::RowFormat;
 use crate::rows::{Bf16, Fp16, Fp32, Int2, Int4, Int8, Map, Packing, pack, pack_mapped};
 use crate::scales;
 use crate::table_rows::{RowsMut, UNIFORM};
 
-/// What codes mean.
-#[derive(Clone, Copy)]
-pub(crate) enum Codes {
-    /// Their own numbers.
-    Uniform,
-    /// Numbers of a codebook, ascending from 0 to 15.
-    Codebook(Codebook),
-}
-
 /// How scale and bias are found.
 #[derive(Clone, Copy)]
-pub(crate) struct Search {
-    /// Beyond minmax.
-    pub(crate) least_squares: bool,
-    pub(crate) codes: Codes,
+pub(crate) enum Search {
+    /// From the smallest and the largest element.
+    MinMax,
+    /// By least squares.
+    LeastSquares,
+    /// By least squares, with codes that mean numbers of a codebook.
+    Codebook(Codebook),
 }
 
 /// Rows to be encoded.
@@ -92,33 +88,61 @@ impl Encode<'_> {
     fn codes<S: Simd, P: Packing<Unit = u8>>(&mut self, simd: S, packing: P) -> Refused {
         let mut refused = Refused::default();
         let RowsMut { format, dim, scale_format, .. } = self.into;
-        let elements = self.into.elements.chunks_exact_mut(format.row_bytes(dim));
-        for (i, (row, into)) in self.source.chunks_exact(dim).zip(elements).enumerate() {
-            let span = Span::of(simd, row);
-            if !span.finite {
-                refused.not_finite.get_or_insert(i);
-                continue;
+        let uniform = Uniform { largest: format.largest_code() };
+        let groups = self.source.chunks(dim * LANES);
+        let into = self.into.elements.chunks_mut(format.row_bytes(dim) * LANES);
+        for (group, (rows, into)) in groups.zip(into).enumerate() {
+            let mut spans = [Span::default(); LANES];
+            for (span, row) in spans.iter_mut().zip(rows.chunks_exact(dim)) {
+                *span = Span::of(simd, row);
             }
-            let (minmax, precise) = Affine::minmax(format, scale_format, span);
-            if !minmax.is_finite() || (self.precise && !precise) {
-                refused.not_held.get_or_insert(i);
-                continue;
-            }
-            let fit = self.search.least_squares.then_some(Fit { row, span, scale_format });
-            let affine = match self.search.codes {
-                Codes::Uniform => {
-                    let code = Uniform { largest: format.largest_code() };
-                    encode(simd, packing, row, into, code, minmax, fit)
+            let minmax = MinMax::of(simd, &spans, format, scale_format);
+            let into = into.chunks_exact_mut(format.row_bytes(dim));
+            for (i, (row, into)) in rows.chunks_exact(dim).zip(into).enumerate() {
+                let (affine, precise) = minmax.get(i);
+                let place = group * LANES + i;
+                if !spans[i].finite {
+                    refused.not_finite.get_or_insert(place);
+                } else if !affine.is_finite() || (self.precise && !precise) {
+                    refused.not_held.get_or_insert(place);
+                } else {
+                    let fit = Fit { row, span: spans[i], scale_format };
+                    let found = self.search.encode(simd, packing, fit, uniform, affine, into);
+                    scales::store(scale_format, self.into.scales, place, [found.scale, found.bias]);
                 }
-                Codes::Codebook(code) => encode(simd, packing, row, into, code, minmax, fit),
-            };
-            scales::store(scale_format, self.into.scales, i, [affine.scale, affine.bias]);
+            }
         }
         refused
     }
 }
 
-/// Writes a row's codes, and tells its scale and bias.
+impl Search {
+    /// Writes a row's codes, and tells what they mean; `minmax` is what they mean without a search.
+    #[inline(always)]
+    fn encode<S: Simd, P: Packing>(
+        self,
+        simd: S,
+        packing: P,
+        fit: Fit,
+        uniform: Uniform,
+        minmax: Affine,
+        into: &mut [P::Unit],
+    ) -> Affine {
+        match self {
+            Self::MinMax => encode(simd, packing, fit.row, into, uniform, minmax),
+            Self::LeastSquares => {
+                let best = fit.best(simd, uniform, minmax, STARTS);
+                encode(simd, packing, fit.row, into, uniform, best)
+            }
+            Self::Codebook(codebook) => {
+                let best = fit.best(simd, codebook, minmax, CODEBOOK_STARTS);
+                encode(simd, packing, fit.row, into, codebook, best)
+            }
+        }
+    }
+}
+
+/// Writes a row's codes, and gives back what they mean.
 #[inline(always)]
 fn encode<S: Simd, P: Packing, C: Code>(
     simd: S,
@@ -126,13 +150,8 @@ fn encode<S: Simd, P: Packing, C: Code>(
     row: &[f32],
     into: &mut [P::Unit],
     code: C,
-    minmax: Affine,
-    fit: Option<Fit>,
+    affine: Affine,
 ) -> Affine {
-    let affine = match fit {
-        Some(fit) => fit.best(simd, code, minmax),
-        None => minmax,
-    };
     pack_mapped(simd, packing, row, into, Coded { affine, code });
     affine
 }

@@ -1,21 +1,19 @@
-//! Scale and bias of a row, and what its codes mean.
+//! The search for a row's scale and bias, and what its codes mean.
 //!
 //! ```text
-//! with n = 2^bits - 1:
-//!   minmax:  bias = min, scale = (max - min) / n, both rounded to what is stored, bias first
-//!   lsq:     scale and bias that bring the sum of (x - (scale * code + bias))^2 down, as they are stored: from several
-//!            starts, codes and then scale and bias (by regression) are renewed in turn; minmax where that is better
+//! lsq:  scale and bias that bring the sum of (x - (scale * code + bias))^2 down, as they are stored: from several starts,
+//!       codes, and then scale and bias by regression, are renewed in turn; those of `minmax` where they are better
 //! ```
-//! minmax gives the bytes of FBGEMM's `FloatOrHalfToFusedNBitRowwiseQuantizedSBHalfRef` (4 and 2 bits, fp16 scales) and
-//! `FloatOrHalfToFused8BitRowwiseQuantizedSBFloatRef` (8 bits, fp32 scales), which torch's prepack operators share.
 
 use super::{LANES, Lanes, Simd};
-use crate::RowFormat;
 use crate::scales::ScaleFormat;
 use crate::table_rows::UNIFORM;
 
 /// Parts of a row's range that a search starts from.
-const STARTS: [f32; 4] = [1.0, 0.9, 0.8, 0.7];
+pub(super) const STARTS: [f32; 4] = [1.0, 0.9, 0.8, 0.7];
+
+/// The same where codes are of a codebook, which is shaped to whole rows.
+pub(super) const CODEBOOK_STARTS: [f32; 2] = [1.0, 0.8];
 
 /// Times that codes, and scale and bias, are renewed at most: more gain less than a hundredth of the error.
 const ROUNDS: usize = 5;
@@ -34,7 +32,7 @@ impl Codebook {
 }
 
 /// From where to where a row's elements reach.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Span {
     pub(super) min: f32,
     pub(super) max: f32,
@@ -46,20 +44,16 @@ impl Span {
     pub(crate) fn of<S: Simd>(simd: S, row: &[f32]) -> Self {
         let first = simd.splat(row[0]);
         let (mut min, mut max, mut sum) = (first, first, simd.splat(0.0));
-        let mut at = 0;
-        while at < row.len() {
-            let rest = &row[at..];
-            let x = if let Some(whole) = rest.first_chunk() {
-                simd.load(whole)
-            } else {
-                let mut lanes = [row[0]; LANES];
-                lanes[..rest.len()].copy_from_slice(rest);
-                simd.load(&lanes)
-            };
-            min = simd.min(min, x);
-            max = simd.max(max, x);
-            sum = simd.add(sum, x);
-            at += LANES;
+        let (whole, rest) = row.as_chunks();
+        for x in whole {
+            let x = simd.load(x);
+            (min, max, sum) = (simd.min(min, x), simd.max(max, x), simd.add(sum, x));
+        }
+        if !rest.is_empty() {
+            let mut x = [row[0]; LANES];
+            x[..rest.len()].copy_from_slice(rest);
+            let x = simd.load(&x);
+            (min, max, sum) = (simd.min(min, x), simd.max(max, x), simd.add(sum, x));
         }
         // Zeros of either sign are equal, and which one is found depends on the order: + 0.0 makes them positive.
         Self {
@@ -87,29 +81,6 @@ pub(super) struct Affine {
 }
 
 impl Affine {
-    /// The one whose codes reach from the smallest to the largest element; and whether scales are as precise as the
-    /// format usually is.
-    #[inline(always)]
-    pub(super) fn minmax(format: RowFormat, scales: ScaleFormat, span: Span) -> (Self, bool) {
-        /// Keeps the quotient finite, and is part of the format.
-        const EPSILON: f32 = 1e-8;
-        let n = format.largest_code();
-        let bias = scales.round(span.min);
-        let range = span.max - bias;
-        if format == RowFormat::Int8 && scales == ScaleFormat::Fp32 {
-            return (Self { scale: range / n, bias, inverse: n / (range + EPSILON) }, true);
-        }
-        let wanted = if range == 0.0 { 1.0 } else { range / n };
-        let mut scale = scales.round(wanted);
-        if scale == 0.0 || (1.0 / scale).is_infinite() {
-            scale = 1.0;
-        }
-        // Half a step at the far end, or what the bias is rounded by.
-        let tolerance = (scale.abs() / 2.0).max(span.largest() * 2.0_f32.powi(-11));
-        let precise = n * (scale - wanted).abs() <= tolerance;
-        (Self { scale, bias, inverse: 1.0 / scale }, precise)
-    }
-
     #[inline(always)]
     pub(super) fn is_finite(self) -> bool {
         self.scale.is_finite() && self.bias.is_finite()
@@ -182,32 +153,29 @@ impl<'a> Centered<'a> {
     pub(super) fn new<S: Simd>(simd: S, row: &'a [f32], span: Span) -> Self {
         let mut centered = Self { row, middle: f32::midpoint(span.min, span.max), total: 0.0 };
         let mut total = simd.splat(0.0);
-        let mut at = 0;
-        while at < row.len() {
-            total = simd.add(total, centered.load(simd, at));
-            at += LANES;
+        let whole = row.len() / LANES * LANES;
+        for at in (0..whole).step_by(LANES) {
+            total = simd.add(total, centered.load::<S, true>(simd, at));
+        }
+        if whole < row.len() {
+            total = simd.add(total, centered.load::<S, false>(simd, whole));
         }
         centered.total = simd.sum(total);
         centered
     }
 
-    /// A vector of it, zero beyond its end.
+    /// A vector of it: inside the row when `WHOLE`, else cut at its end, and zero beyond.
     #[inline(always)]
-    fn load<S: Simd>(self, simd: S, at: usize) -> S::V {
-        let x = simd.sub(simd.load_at(self.row, at), simd.splat(self.middle));
-        if at + LANES > self.row.len() { simd.first(x, self.row.len() - at) } else { x }
+    fn load<S: Simd, const WHOLE: bool>(self, simd: S, at: usize) -> S::V {
+        let x = simd.sub(load::<S, WHOLE>(simd, self.row, at), simd.splat(self.middle));
+        cut::<S, WHOLE>(simd, x, self.row, at)
     }
 
     /// Trials that start from parts of the range; `scale` is that of all of it.
     #[inline(always)]
     pub(super) fn start<const N: usize>(self, span: Span, scale: f32, parts: [f32; N]) -> Trials<N> {
         let half = (span.max - span.min) / 2.0;
-        let mut trials = Trials { scale: [0.0; N], bias: [0.0; N] };
-        for i in 0..N {
-            trials.scale[i] = scale * parts[i];
-            trials.bias[i] = -half * parts[i];
-        }
-        trials
+        Trials { scale: parts.map(|part| scale * part), bias: parts.map(|part| -half * part) }
     }
 
     /// The best scales and biases for the codes that those of `trials` give, by regression; where all codes are the same,
@@ -219,28 +187,23 @@ impl<'a> Centered<'a> {
         code: C,
         trials: Trials<N>,
     ) -> Trials<N> {
-        // Of each trial: the sums of codes, of their squares, and of their products with the elements.
-        let mut sums = [[simd.splat(0.0); 4]; N];
-        let mut at = 0;
-        while at < self.row.len() {
-            let x = self.load(simd, at);
-            for i in 0..N {
-                let offset = simd.sub(x, simd.splat(trials.bias[i]));
-                let y = simd.mul(offset, simd.splat(1.0 / trials.scale[i]));
-                let mut c = code.nearest(simd, y);
-                if at + LANES > self.row.len() {
-                    c = simd.first(c, self.row.len() - at);
-                }
-                sums[i][0] = simd.add(sums[i][0], c);
-                sums[i][1] = simd.add(sums[i][1], simd.mul(c, c));
-                sums[i][2] = simd.add(sums[i][2], simd.mul(c, x));
-            }
-            at += LANES;
+        let mut sums =
+            Sums { of: [[simd.splat(0.0); 4]; N], inverse: [simd.splat(0.0); N], bias: [simd.splat(0.0); N] };
+        for i in 0..N {
+            sums.inverse[i] = simd.splat(1.0 / trials.scale[i]);
+            sums.bias[i] = simd.splat(trials.bias[i]);
+        }
+        let whole = self.row.len() / LANES * LANES;
+        for at in (0..whole).step_by(LANES) {
+            sums.add::<C, true>(simd, code, self, at);
+        }
+        if whole < self.row.len() {
+            sums.add::<C, false>(simd, code, self, whole);
         }
         let (n, total) = (self.row.len() as f64, f64::from(self.total));
         let mut renewed = trials;
         for i in 0..N {
-            let [c, cc, cx, _] = simd.sums(sums[i]);
+            let [c, cc, cx, _] = simd.sums(sums.of[i]);
             let [c, cc, cx] = [f64::from(c), f64::from(cc), f64::from(cx)];
             let spread = n * cc - c * c;
             let scale = (n * cx - c * total) / spread;
@@ -251,6 +214,41 @@ impl<'a> Centered<'a> {
         }
         renewed
     }
+}
+
+/// What a regression adds up, for each trial side by side.
+struct Sums<S: Simd, const N: usize> {
+    /// Of codes, of their squares, and of their products with the elements; the fourth is not used.
+    of: [[S::V; 4]; N],
+    inverse: [S::V; N],
+    bias: [S::V; N],
+}
+
+impl<S: Simd, const N: usize> Sums<S, N> {
+    #[inline(always)]
+    fn add<C: Code, const WHOLE: bool>(&mut self, simd: S, code: C, row: Centered, at: usize) {
+        let x = row.load::<S, WHOLE>(simd, at);
+        for i in 0..N {
+            let y = simd.mul(simd.sub(x, self.bias[i]), self.inverse[i]);
+            let c = cut::<S, WHOLE>(simd, code.nearest(simd, y), row.row, at);
+            self.of[i][0] = simd.add(self.of[i][0], c);
+            self.of[i][1] = simd.add(self.of[i][1], simd.mul(c, c));
+            self.of[i][2] = simd.add(self.of[i][2], simd.mul(c, x));
+        }
+    }
+}
+
+/// A vector of a row: inside it when `WHOLE`, else cut at its end.
+#[inline(always)]
+fn load<S: Simd, const WHOLE: bool>(simd: S, row: &[f32], at: usize) -> S::V {
+    let [v] = super::sum::load::<S, 1, WHOLE>(simd, row, at);
+    v
+}
+
+/// `v` without the lanes beyond the row's end, unless `WHOLE`.
+#[inline(always)]
+fn cut<S: Simd, const WHOLE: bool>(simd: S, v: S::V, row: &[f32], at: usize) -> S::V {
+    if WHOLE { v } else { simd.first(v, row.len() - at) }
 }
 
 impl<const N: usize> Trials<N> {
@@ -271,15 +269,21 @@ pub(super) struct Fit<'a> {
 }
 
 impl Fit<'_> {
-    /// The best that is found, `minmax` included.
+    /// The best that is found from parts of the range, `minmax` included.
     #[inline(always)]
-    pub(super) fn best<S: Simd, C: Code>(self, simd: S, code: C, minmax: Affine) -> Affine {
+    pub(super) fn best<S: Simd, C: Code, const N: usize>(
+        self,
+        simd: S,
+        code: C,
+        minmax: Affine,
+        starts: [f32; N],
+    ) -> Affine {
         let range = self.span.max - self.span.min;
         if !range.is_normal() || !(1.0 / range).is_normal() {
             return minmax;
         }
         let row = Centered::new(simd, self.row, self.span);
-        let mut trials = row.start(self.span, minmax.scale.abs(), STARTS);
+        let mut trials = row.start(self.span, minmax.scale.abs(), starts);
         for _ in 0..ROUNDS {
             let renewed = row.renewed(simd, code, trials);
             if renewed == trials {
@@ -287,49 +291,60 @@ impl Fit<'_> {
             }
             trials = renewed;
         }
-        let mut found = [minmax; STARTS.len() + 1];
-        for i in 0..STARTS.len() {
+        let mut found = [minmax; N];
+        for (i, found) in found.iter_mut().enumerate() {
             let scale = self.scale_format.round(trials.scale[i]);
             let bias = self.scale_format.round(row.middle + trials.bias[i]);
             let affine = Affine { scale, bias, inverse: 1.0 / scale };
             if affine.is_finite() && affine.inverse.is_finite() {
-                found[i] = affine;
+                *found = affine;
             }
         }
         let errors = self.errors(simd, code, found);
-        let mut best = STARTS.len(); // minmax, unless another is better
-        for i in 0..STARTS.len() {
-            if errors[i] < errors[best] {
-                best = i;
+        let [mut least] = self.errors(simd, code, [minmax]);
+        let mut best = minmax;
+        for i in 0..N {
+            if errors[i] < least {
+                (best, least) = (found[i], errors[i]);
             }
         }
-        found[best]
+        best
     }
 
     /// The sums of squares of what the codes are off by, in units of the row's range.
     #[inline(always)]
     fn errors<S: Simd, C: Code, const N: usize>(self, simd: S, code: C, found: [Affine; N]) -> [f32; N] {
-        let unit = simd.splat(1.0 / (self.span.max - self.span.min));
         let mut squares = [simd.splat(0.0); N];
-        let mut at = 0;
-        while at < self.row.len() {
-            let x = simd.load_at(self.row, at);
-            for i in 0..N {
-                let codes = code.nearest(simd, found[i].to_codes(simd, x));
-                let decoded =
-                    simd.add(simd.mul(codes, simd.splat(found[i].scale)), simd.splat(found[i].bias));
-                let mut off = simd.mul(simd.sub(x, decoded), unit);
-                if at + LANES > self.row.len() {
-                    off = simd.first(off, self.row.len() - at);
-                }
-                squares[i] = simd.add(squares[i], simd.mul(off, off));
-            }
-            at += LANES;
+        let whole = self.row.len() / LANES * LANES;
+        for at in (0..whole).step_by(LANES) {
+            self.add_errors::<S, C, N, true>(simd, code, &found, at, &mut squares);
+        }
+        if whole < self.row.len() {
+            self.add_errors::<S, C, N, false>(simd, code, &found, whole, &mut squares);
         }
         let mut errors = [0.0; N];
         for i in 0..N {
             errors[i] = simd.sum(squares[i]);
         }
         errors
+    }
+
+    #[inline(always)]
+    fn add_errors<S: Simd, C: Code, const N: usize, const WHOLE: bool>(
+        self,
+        simd: S,
+        code: C,
+        found: &[Affine; N],
+        at: usize,
+        squares: &mut [S::V; N],
+    ) {
+        let unit = simd.splat(1.0 / (self.span.max - self.span.min));
+        let x = load::<S, WHOLE>(simd, self.row, at);
+        for i in 0..N {
+            let codes = code.nearest(simd, found[i].to_codes(simd, x));
+            let decoded = simd.add(simd.mul(codes, simd.splat(found[i].scale)), simd.splat(found[i].bias));
+            let off = cut::<S, WHOLE>(simd, simd.mul(simd.sub(x, decoded), unit), self.row, at);
+            squares[i] = simd.add(squares[i], simd.mul(off, off));
+        }
     }
 }

@@ -14,6 +14,7 @@ pub(crate) mod decode;
 pub(crate) mod dot;
 pub(crate) mod encode;
 pub(crate) mod fit;
+mod minmax;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod pool;

@@ -9,10 +9,8 @@
 //!         sums[nearest(y)] += [weight, weight * y]
 //! ```
 
-use super::fit::{Affine, Centered, Codebook, Span};
+use super::fit::{Centered, Codebook, Span};
 use super::{Kernel, LANES, Simd};
-use crate::RowFormat;
-use crate::scales::ScaleFormat;
 
 /// Times that a row's scale and bias are renewed.
 const ROUNDS: usize = 4;
@@ -33,9 +31,12 @@ impl Kernel for Train<'_> {
         let mut sums = [[0.0; 2]; LANES];
         for row in self.rows.chunks_exact(self.dim) {
             let span = Span::of(simd, row);
-            let (minmax, _) = Affine::minmax(RowFormat::Int4, ScaleFormat::Fp32, span);
+            let scale = (span.max - span.min) / (LANES - 1) as f32;
+            if !scale.is_normal() {
+                continue; // any codebook suits a constant row
+            }
             let centered = Centered::new(simd, row, span);
-            let mut trials = centered.start(span, minmax.scale, [1.0]);
+            let mut trials = centered.start(span, scale, [1.0]);
             for _ in 0..ROUNDS {
                 trials = centered.renewed(simd, self.codebook, trials);
             }
