@@ -34,7 +34,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-output"),
     quick: Annotated[bool, typer.Option("--quick", help="Train on the last 30,000 training flights alone.")] = False,
 ) -> None:
-    """Train a DLRM on real flights twice, with torch's embeddings and with dlrm_rs's, and compare."""
+    """Train a DLRM on real flights twice, with torch's embeddings and with dlrm_rs's, compare, and quantize."""
     from dlrm_rs.demo.arguments import Arguments  # here, as what it brings in takes seconds
     from dlrm_rs.demo.run import run
 

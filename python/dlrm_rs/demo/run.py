@@ -15,6 +15,7 @@ from dlrm_rs.data.flights import Samples, load_flights
 from dlrm_rs.demo.arguments import QUICK_FLIGHTS, Arguments
 from dlrm_rs.demo.baseline import fit_baseline
 from dlrm_rs.demo.plot import save_plot
+from dlrm_rs.demo.precision import measure_precisions
 from dlrm_rs.demo.report import BackendResult, Record, print_report, save_record
 from dlrm_rs.demo.training import Backend, make_backends
 
@@ -50,7 +51,7 @@ def run(arguments: Arguments, output: Path, console: Console) -> Record:
         baseline = fit_baseline(flights, train)
 
     steps = arguments.epochs * math.ceil(len(train) / arguments.batch_size)
-    backends = make_backends(flights, arguments, steps)
+    backends = _, ours = make_backends(flights, arguments, steps)
     # torch warns, once, that it does not check its sparse tensors unless told whether it should.
     with torch.sparse.check_sparse_tensor_invariants(enable=False):
         _train(backends, train, arguments, steps, console)
@@ -59,7 +60,9 @@ def run(arguments: Arguments, output: Path, console: Console) -> Record:
             BackendResult.of(backend, backend.evaluate(flights.validation), backend.evaluate(flights.test))
             for backend in backends
         ]
-    record = Record.of(arguments, threads, results, baseline)
+    with console.status("Quantizing"):
+        precisions = measure_precisions(ours.model, flights)
+    record = Record.of(arguments, threads, results, baseline, precisions)
     print_report(record, console)
     save_record(record, output / "demo.json")
     save_plot(record, output / "demo.png")

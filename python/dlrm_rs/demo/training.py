@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -102,17 +102,25 @@ class Backend:
 
     def evaluate(self, samples: Samples) -> Metrics:
         """Predict the samples and compare."""
-        self.model.eval()
-        with torch.no_grad():
-            logits = [self.model(batch.dense, batch.sparse) for batch in samples.batches(EVALUATION_BATCH)]
-        self.model.train()
-        return Metrics.of(samples.labels, torch.cat(logits).squeeze(1).sigmoid())
+        return evaluate(self.model, samples.batches(EVALUATION_BATCH))
 
     def table_bytes(self) -> tuple[int, int]:
         """Bytes of the tables' weights, and of their optimizer's state."""
         weights = list(self.model.embeddings.parameters())
         state = [value for weight in weights for value in self.table_optimizer.state[weight].values()]
         return sum(weight.nbytes for weight in weights), sum(t.nbytes for t in state if isinstance(t, torch.Tensor))
+
+
+def evaluate(model: DLRM, batches: Iterable[Batch]) -> Metrics:
+    """Predict the labels of all batches, and compare."""
+    labels, logits = [], []
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            labels.append(batch.labels)  # (B,)
+            logits.append(model(batch.dense, batch.sparse).squeeze(1))  # (B,)
+    model.train()
+    return Metrics.of(torch.cat(labels), torch.cat(logits).sigmoid())
 
 
 def make_backends(flights: Flights, arguments: Arguments, steps: int) -> tuple[Backend, Backend]:
