@@ -352,7 +352,7 @@ class EmbeddingTables:
             What was there, to be dropped or put back by `restore`.
 
         Raises:
-            ValueError: Rows of another shape, or quantized ones for a table that a fused optimizer trains.
+            ValueError: Rows of another shape.
         """
         weight = self._parameters[table].get("weight")
         return self._put(table, Displaced(rows, row_format, weight))
