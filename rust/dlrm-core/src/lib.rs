@@ -45,6 +45,7 @@ mod sources;
 mod table;
 mod table_set;
 pub mod threads;
+mod touch;
 mod update;
 
 pub use bags::{Bags, Ids, Offsets};

@@ -16,6 +16,7 @@ pub(crate) mod pool;
 pub(crate) mod scalar;
 mod simd;
 pub(crate) mod sum;
+pub(crate) mod touch;
 pub(crate) mod touched;
 
 pub(crate) use simd::{Kernel, LANES, Lanes, Simd};
