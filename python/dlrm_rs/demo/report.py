@@ -15,8 +15,8 @@ from rich.table import Table
 
 from dlrm_rs.demo.arguments import Arguments
 from dlrm_rs.demo.baseline import Baseline
-from dlrm_rs.demo.machine import describe_machine
 from dlrm_rs.demo.training import Backend, Metrics
+from dlrm_rs.machine import describe_machine
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Record:
         theirs, ours = results
         loss, reference = np.array(ours.losses), np.array(theirs.losses)
         return cls(
-            describe_machine(),
+            describe_machine(["pandas", "scikit-learn"]),
             arguments,
             threads,
             theirs,
