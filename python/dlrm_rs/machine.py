@@ -16,7 +16,7 @@ import dlrm_rs
 
 
 def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Processor, memory, system, versions, the time, and the commit if this project's checkout is the working directory.
+    """Processor, memory, system, versions, the time, and the commit if run in a checkout of this project.
 
     Args:
         packages: Whose versions matter beside those of torch and NumPy; one that is not installed gets None.
