@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dlrm_rs.arguments import row_format
+from dlrm_rs.arguments import ROW_FORMATS, row_format
 from dlrm_rs.data.synthetic import SHAPES
 
 FAMILIES = ("lookup", "quantize")
-FORMATS = ("fp32", "int8", "int4")
+FORMATS = tuple(name for name in ("fp32", "int8", "int4") if name in ROW_FORMATS)
 DISTRIBUTIONS = ("uniform", "zipf")
 THREADS = ("1", "all")
 

@@ -31,8 +31,9 @@ def save_plot(record: Record, path: Path) -> None:
     for comparison in of_run:
         first = at
         for peer in comparison.peers:
-            bar = axes.barh(at, peer.ratio, color=_COLOURS[names.index(peer.side) % len(_COLOURS)])
-            axes.bar_label(bar, [f"{peer.ratio:.1f}"], fontsize=6, padding=2)
+            # From 1 to the left where ours is the slower.
+            bar = axes.barh(at, peer.ratio - 1, left=1, color=_COLOURS[names.index(peer.side) % len(_COLOURS)])
+            axes.bar_label(bar, [f"{peer.ratio:.2f}"], fontsize=6, padding=2)
             at += 1
         ticks[(first + at - 1) / 2] = _label(comparison.ours)
         at += 1
@@ -42,6 +43,8 @@ def save_plot(record: Record, path: Path) -> None:
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.margins(y=0.01, x=0.08)
     machine = record.machine
     axes.set(xlabel="time of the peer at its best, over that of dlrm_rs (right of 1: dlrm_rs is faster)")

@@ -51,7 +51,7 @@ class FbgemmTraining:
 
     def pooled(self, output: object) -> Tensor:
         """The output itself."""
-        return cast("Tensor", output)
+        return cast("Tensor", output).detach()
 
     def stored_rows(self, table: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Rows by indexing."""

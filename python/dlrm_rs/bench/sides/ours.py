@@ -68,7 +68,7 @@ class Ours:
 
     def pooled(self, output: object) -> Tensor:
         """The output itself."""
-        return cast("Tensor", output)
+        return cast("Tensor", output).detach()
 
     def stored_rows(self, table: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Rows as a lookup of one id a bag gives them; the other tables get empty bags."""
