@@ -27,30 +27,68 @@ impl<I: Id> Kernel for Touch<'_, I> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> u64 {
-        let ahead = self.ids.len().min(AHEAD);
-        for id in &self.ids[..ahead] {
-            self.prefetch(simd, id.row());
+        if LINE.is_multiple_of(self.row_bytes) {
+            return self.rows(simd, |row| (row * self.row_bytes / LINE, 1));
         }
-        let mut sum = 0;
-        for (position, id) in self.ids.iter().enumerate() {
-            if let Some(next) = self.ids.get(position + AHEAD) {
-                self.prefetch(simd, next.row());
-            }
-            let start = id.row() as usize * self.row_bytes;
-            for line in start / LINE..(start + self.row_bytes).div_ceil(LINE) {
-                sum += u64::from(self.bytes[line * LINE]);
-            }
+        // Where all rows have the same few lines, loops over them are unrolled: as in a lookup, the processor then sees
+        // farther ahead.
+        match (self.row_bytes % LINE, self.row_bytes / LINE) {
+            (0, 2) => self.rows(simd, |row| (row * 2, 2)),
+            (0, 4) => self.rows(simd, |row| (row * 4, 4)),
+            (0, 8) => self.rows(simd, |row| (row * 8, 8)),
+            _ => self.rows(simd, |row| {
+                let start = row * self.row_bytes;
+                (start / LINE, (start + self.row_bytes).div_ceil(LINE) - start / LINE)
+            }),
         }
-        sum
     }
 }
 
 impl<I: Id> Touch<'_, I> {
+    /// Touches all rows; `lines` tells the first line of a row, and how many it has.
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, simd: S, row: u64) {
-        let start = row as usize * self.row_bytes;
-        for line in start / LINE..(start + self.row_bytes).div_ceil(LINE) {
-            simd.prefetch(self.bytes.as_ptr().wrapping_add(line * LINE).cast());
+    fn rows<S: Simd>(&self, simd: S, lines: impl Fn(usize) -> (usize, usize)) -> u64 {
+        let prefetch = |id: &I| {
+            let (first, count) = lines(id.row() as usize);
+            for line in first..first + count {
+                simd.prefetch(self.bytes.as_ptr().wrapping_add(line * LINE).cast());
+            }
+        };
+        self.ids.iter().take(AHEAD).for_each(prefetch);
+        let mut sum = 0;
+        for (position, id) in self.ids.iter().enumerate() {
+            if let Some(next) = self.ids.get(position + AHEAD) {
+                prefetch(next);
+            }
+            let (mut at, mut count) = lines(id.row() as usize);
+            while count >= 8 {
+                sum += self.block::<8>(at);
+                (at, count) = (at + 8, count - 8);
+            }
+            if count & 4 > 0 {
+                sum += self.block::<4>(at);
+                at += 4;
+            }
+            if count & 2 > 0 {
+                sum += self.block::<2>(at);
+                at += 2;
+            }
+            if count & 1 > 0 {
+                sum += self.block::<1>(at);
+            }
         }
+        sum
+    }
+
+    /// `COUNT` lines from `first` on, each read by an instruction of its own: when one strides through the row, processors
+    /// guess that it goes on, and bring lines that nobody asked for. That was measured to take twice as long.
+    #[inline(always)]
+    fn block<const COUNT: usize>(&self, first: usize) -> u64 {
+        let bytes = &self.bytes[first * LINE..][..=(COUNT - 1) * LINE];
+        let mut sum = 0;
+        for i in 0..COUNT {
+            sum += u64::from(bytes[i * LINE]);
+        }
+        sum
     }
 }
