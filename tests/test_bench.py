@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -225,7 +226,7 @@ def test_peers_that_do_not_fit_together_are_timed_one_by_one() -> None:
 
 
 def measurement(side: str, median: float, ours: float, environment: str = "plain", use: str = "call") -> Measurement:
-    times = Times(median, median * 0.9, median * 1.2, 24, 1.9)
+    times = Times(median, median * 0.9, median * 1.2, median * 2, 24, 1.9)
     return Measurement(
         "lookup", "SINGLE", "fp32", 16, "uniform", 2, side, use, environment, 416, 416 * 256, times, ours, 4e-5
     )
@@ -246,6 +247,7 @@ def record() -> Record:
     ]
     machine = {
         "processor": "a processor",
+        "memory_bytes": 3 << 30,
         "cores": 2,
         "torch": "2",
         "fbgemm-gpu-cpu": None,
@@ -287,6 +289,32 @@ def test_a_record_is_read_as_it_was_written(record: Record, tmp_path: Path) -> N
     path.write_text(json.dumps(without))
     with pytest.raises(ValueError, match=r"record.json: expected a record written by `dlrm-rs bench`, .*'times'"):
         load_record(path)
+
+
+def readme(record: Record, content: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], str]:
+    """What the script says and makes of a README."""
+    save_record(record, folder / "record.json")
+    (folder / "README.md").write_text(content)
+    script = Path(__file__).parents[1] / "benches" / "readme_table.py"
+    command: list[str | Path] = [sys.executable, script, folder / "record.json", "--readme", folder / "README.md"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result, (folder / "README.md").read_text()
+
+
+def test_the_readme_gets_its_table_from_a_record(record: Record, tmp_path: Path) -> None:
+    begin, end = "<!-- comparison: written by benches/readme_table.py -->", "<!-- comparison ends -->"
+    result, written = readme(record, f"before\n{begin}\nold\n{end}\nafter\n", tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = written.splitlines()
+    assert "| SINGLE | 16 | uniform | 0.50 (fast) |" in lines
+    assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", begin, end, "after")
+    assert "old" not in lines
+    assert "2000-01-02, a processor, 2 cores, 3 GiB; torch 2, FBGEMM not installed, commit unknown" in written
+    assert readme(record, written, tmp_path)[1] == written
+
+    result, written = readme(record, "no markers", tmp_path)
+    assert "ValueError: README: expected '<!-- comparison:" in result.stderr
+    assert written == "no markers"
 
 
 class Named:

@@ -27,6 +27,7 @@ class Times:
         median: Seconds.
         low: The 10th percentile.
         high: The 90th percentile.
+        p99: The 99th.
         calls: How many were timed.
         cpus: CPU time by time: about how many cores were busy.
     """
@@ -34,6 +35,7 @@ class Times:
     median: float
     low: float
     high: float
+    p99: float
     calls: int
     cpus: float
 
@@ -43,10 +45,10 @@ class Times:
 
         Example:
             >>> Times.of([1.0, 3.0, 2.0], cpu_seconds=12.0)
-            Times(median=2.0, low=1.2, high=2.8, calls=3, cpus=2.0)
+            Times(median=2.0, low=1.2, high=2.8, p99=2.98, calls=3, cpus=2.0)
         """
-        median, low, high = np.percentile(np.array(seconds), [50, 10, 90]).round(12).tolist()
-        return cls(median, low, high, len(seconds), cpu_seconds / sum(seconds))
+        median, low, high, p99 = np.percentile(np.array(seconds), [50, 10, 90, 99]).round(12).tolist()
+        return cls(median, low, high, p99, len(seconds), cpu_seconds / sum(seconds))
 
 
 def time_in_turn(sides: Mapping[Name, Sequence[Call]], seconds: float) -> dict[Name, Times]:
