@@ -56,7 +56,8 @@ class Comparison:
 def comparisons(measurements: Sequence[Measurement]) -> Iterator[Comparison]:
     """The cases, in the order in which they were first measured.
 
-    A use is held against ours of the same process, so that the two had the same minutes of the machine.
+    A peer's best use and environment are those of its lowest median. They are held against ours of the same process, so
+    that the two had the same minutes of the machine.
     """
     order = {case: i for i, case in reversed(list(enumerate(m.case for m in measurements)))}
     ordered = sorted(measurements, key=lambda m: order[m.case])
@@ -67,11 +68,12 @@ def comparisons(measurements: Sequence[Measurement]) -> Iterator[Comparison]:
 def _comparison(of_case: Sequence[Measurement]) -> Comparison:
     best: dict[str, Measurement] = {}
     for m in of_case:
-        if m.side not in (NAME, CEILING) and (m.side not in best or m.ratio < best[m.side].ratio):
+        if m.side not in (NAME, CEILING) and (m.side not in best or m.times.median < best[m.side].times.median):
             best[m.side] = m
-    peers = tuple(sorted(best.values(), key=lambda m: m.ratio))
+    peers = tuple(sorted(best.values(), key=lambda m: m.times.median))
 
     def beside(side: str) -> Measurement | None:
+        """Of the best peer's process: there the median of ours is the same."""
         of_side = [m for m in of_case if m.side == side]
         same_process = [m for m in of_side if peers and m.ours == peers[0].ours]
         return next(iter(same_process or of_side), None)
