@@ -1,6 +1,8 @@
 //! Tables and ids to time: made once, ids in rotation, so that no call finds the rows of the one before it in a cache.
 
-use dlrm_core::{Bags, Context, Feature, Ids, Offsets, Pooling, Result, RowFormat, TableSet, TableSpec};
+use dlrm_core::{
+    Bags, Context, Feature, Ids, Offsets, Output, Pooling, Result, RowFormat, TableSet, TableSpec,
+};
 
 /// Batches of ids in rotation.
 const BATCHES: usize = 8;
@@ -75,7 +77,7 @@ impl Workload {
         self.next = (self.next + 1) % BATCHES;
         let Sizes { tables, batch, .. } = self.sizes;
         let bags = Bags::new(Ids::I64(&self.batches[self.next]), Offsets::Even, tables, batch, None)?;
-        self.set.lookup(&bags, &mut self.out, None, ctx)
+        self.set.lookup(&bags, Output::Fp32(&mut self.out), None, ctx)
     }
 
     /// Touches the rows of the next batch: what [`Workload::lookup`] cannot be faster than.

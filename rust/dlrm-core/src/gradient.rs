@@ -204,16 +204,16 @@ struct WeightsGradient<'a> {
 impl WeightsGradient<'_> {
     fn run(self, ctx: &Context) -> Result<()> {
         let (set, bags, level) = (self.set, self.bags, ctx.level);
-        let size = |f| {
-            let units = bags.feature_bounds(f).len();
-            Size { units, lines: units * set.row_lines(f) }
-        };
-        let sizes: Vec<_> = (0..set.features.len()).map(size).collect();
         set.tables.read(|tables| {
+            let size = |f: usize| {
+                let units = bags.feature_bounds(f).len();
+                Size { units, lines: units * tables[set.features[f].table].row_lines() }
+            };
+            let sizes: Vec<_> = (0..set.features.len()).map(size).collect();
             pieces::for_each(ctx, &sizes, |f, units| {
                 let first = bags.feature_bounds(f).start;
                 let positions = first + units.start..first + units.end;
-                with_rows!(&tables[set.features[f].table], |rows| with_ids!(bags.ids, |ids| {
+                with_rows!(tables[set.features[f].table].rows.as_ref(), |rows| with_ids!(bags.ids, |ids| {
                     bags.for_each_bag(positions, |bag, positions| {
                         self.bag(level, rows, ids, f, bag, positions);
                     });

@@ -7,7 +7,7 @@
 //! Every result has the same bits at every [`Level`] and for every number of threads (of a NaN, that it is one).
 //!
 //! ```
-//! use dlrm_core::{Bags, Context, Feature, Ids, Offsets, Pooling, RowFormat, TableSet, TableSpec};
+//! use dlrm_core::{Bags, Context, Feature, Ids, Offsets, Output, Pooling, RowFormat, TableSet, TableSpec};
 //!
 //! let ctx = Context::default();
 //! let spec = TableSpec { name: "ads".into(), rows: 4, dim: 2, format: RowFormat::Fp32 };
@@ -17,14 +17,16 @@
 //!
 //! let bags = Bags::new(Ids::I64(&[1, 3, 2]), Offsets::I64(&[0, 2]), 1, 2, None)?;
 //! let mut out = [0.0; 4];
-//! set.lookup(&bags, &mut out, None, &ctx)?;
+//! set.lookup(&bags, Output::Fp32(&mut out), None, &ctx)?;
 //! assert_eq!(out, [4., 40., 2., 20.]); // rows 1 + 3, row 2
 //! # Ok::<(), dlrm_core::Error>(())
 //! ```
 
 mod bags;
+mod codebook;
 mod context;
 mod disjoint;
+mod encode;
 mod error;
 mod float_environment;
 mod fork;
@@ -37,12 +39,15 @@ mod memory;
 mod named;
 mod occurrences;
 pub mod optimizers;
+mod packed;
 mod pieces;
 mod renorm;
 mod row_format;
 mod rows;
+mod scales;
 mod sources;
 mod table;
+mod table_rows;
 mod table_set;
 pub mod threads;
 mod touch;
@@ -50,10 +55,15 @@ mod update;
 
 pub use bags::{Bags, Ids, Offsets};
 pub use context::Context;
+pub use encode::{Encoded, Encoding, Method};
 pub use error::{Error, Result};
 pub use gradient::{Gradient, SparseRows};
 pub use level::Level;
-pub use lookup::Pooling;
+pub use lookup::{Output, Pooling};
+pub use memory::Keeper;
+pub use packed::Layout;
 pub use row_format::RowFormat;
+pub use scales::ScaleFormat;
 pub use table::{TableMemory, TableSpec};
+pub use table_rows::TableRows;
 pub use table_set::{Feature, TableSet};

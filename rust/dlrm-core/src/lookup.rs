@@ -5,11 +5,15 @@ use std::ops::Range;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use half::{bf16, f16};
+
 use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
+use crate::kernels::LANES;
 use crate::kernels::pool::Pool;
 use crate::pieces::{self, Size};
 use crate::rows::{Rows, with_rows};
+use crate::table::Table;
 use crate::table_set::{Feature, Slot, TableSet};
 use crate::{Context, Error, Level, Result, named};
 
@@ -57,18 +61,12 @@ impl FromStr for Pooling {
 }
 
 impl TableSet {
-    /// Looks up and pools every feature into `out`.
+    /// Looks up and pools every feature into `out`, in whose format the sums of single precision are stored.
     ///
     /// Pooled, `out` is `(B, W)`, features side by side; else it is `(ids, D)` of one feature after another. Every
     /// element is written. `argmax`, of the same shape, gets for max pooling the place within the bag of the id whose
     /// element was largest, -1 in an empty bag; columns of other features are left as they are.
-    pub fn lookup(
-        &self,
-        bags: &Bags,
-        out: &mut [f32],
-        argmax: Option<&mut [i32]>,
-        ctx: &Context,
-    ) -> Result<()> {
+    pub fn lookup(&self, bags: &Bags, out: Output, argmax: Option<&mut [i32]>, ctx: &Context) -> Result<()> {
         self.check_bags(bags)?;
         self.check_len("out", out.len(), bags)?;
         if let Some(argmax) = &argmax {
@@ -79,7 +77,7 @@ impl TableSet {
             set: self,
             bags,
             slots: self.slots(bags),
-            out: Disjoint::new(out),
+            out: Outputs::new(out),
             argmax: argmax.map(|a| Disjoint::new(bytemuck::cast_slice_mut(a))),
             bad: AtomicUsize::new(usize::MAX),
         };
@@ -111,19 +109,60 @@ impl TableSet {
     }
 
     /// The work of each feature: rows read and output rows written.
-    pub(crate) fn sizes(&self, bags: &Bags) -> Vec<Size> {
+    pub(crate) fn sizes(&self, bags: &Bags, tables: &[Table]) -> Vec<Size> {
         let size = |f| {
             let ids = bags.feature_bounds(f).len();
             let units = if self.pooled { bags.batch } else { ids };
-            Size { units, lines: (ids + units) * self.row_lines(f) }
+            let table = &tables[self.features[f].table];
+            Size { units, lines: ids * table.row_lines() + units * self.dim(f).div_ceil(LANES) }
         };
         (0..self.features.len()).map(size).collect()
     }
+}
 
-    /// Cache lines of a row of a feature's table.
-    pub(crate) fn row_lines(&self, feature: usize) -> usize {
-        let format = self.specs[self.features[feature].table].format;
-        format.row_bytes(self.dim(feature)).div_ceil(64)
+/// Where a lookup's output goes, as numbers of which precision.
+#[derive(Debug)]
+pub enum Output<'a> {
+    /// Single precision.
+    Fp32(&'a mut [f32]),
+    /// Half precision, to the nearest, ties to even; too large a number becomes infinite.
+    Fp16(&'a mut [f16]),
+    /// bfloat16, likewise.
+    Bf16(&'a mut [bf16]),
+}
+
+impl Output<'_> {
+    /// Elements.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        match self {
+            Self::Fp32(out) => out.len(),
+            Self::Fp16(out) => out.len(),
+            Self::Bf16(out) => out.len(),
+        }
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// [`Output`], shared by threads.
+pub(crate) enum Outputs<'a> {
+    Fp32(Disjoint<'a, f32>),
+    Fp16(Disjoint<'a, u16>),
+    Bf16(Disjoint<'a, u16>),
+}
+
+impl<'a> Outputs<'a> {
+    fn new(out: Output<'a>) -> Self {
+        match out {
+            Output::Fp32(out) => Self::Fp32(Disjoint::new(out)),
+            Output::Fp16(out) => Self::Fp16(Disjoint::new(bytemuck::cast_slice_mut(out))),
+            Output::Bf16(out) => Self::Bf16(Disjoint::new(bytemuck::cast_slice_mut(out))),
+        }
     }
 }
 
@@ -132,7 +171,7 @@ struct Lookup<'a> {
     set: &'a TableSet,
     bags: &'a Bags<'a>,
     slots: Vec<Slot>,
-    out: Disjoint<'a, f32>,
+    out: Outputs<'a>,
     argmax: Option<Disjoint<'a, f32>>,
     /// Lowest position of an id that its table does not have.
     bad: AtomicUsize,
@@ -140,12 +179,12 @@ struct Lookup<'a> {
 
 impl Lookup<'_> {
     fn run(self, ctx: &Context) -> Result<()> {
-        let sizes = self.set.sizes(self.bags);
         let level = ctx.level;
         self.set.tables.read(|tables| {
+            let sizes = self.set.sizes(self.bags, tables);
             pieces::for_each(ctx, &sizes, |feature, units| {
                 let table = &tables[self.set.features[feature].table];
-                with_rows!(table, |rows| with_ids!(self.bags.ids, |ids| {
+                with_rows!(table.rows.as_ref(), |rows| with_ids!(self.bags.ids, |ids| {
                     self.piece(level, rows, ids, feature, units);
                 }));
             })

@@ -4,7 +4,12 @@
 //! 4 KB pages does not stay in the cache. Small memory starts on a page. All of it is touched once, by all threads, so
 //! that the first use does not fault. What does not fill a huge page is on small pages: at most 4 KB are wasted.
 
-use memmap2::{Advice, MmapMut};
+#![expect(unsafe_code, reason = "mapped memory that others keep alive, as slices")]
+
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use memmap2::{Advice, MmapMut, MmapRaw};
 use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
 use crate::disjoint::Disjoint;
@@ -12,26 +17,31 @@ use crate::{Context, Error, Result, threads};
 
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Floats in mapped memory, zero at first.
+/// Bytes in mapped memory, zero at first, read and written as elements of any type.
 pub(crate) struct Memory {
-    map: MmapMut,
+    /// Shared with [`Keeper`]s, which give no access to it.
+    map: Arc<MmapRaw>,
     /// First byte used, aligned to at least 64.
     start: usize,
-    /// Floats.
+    /// Bytes used.
     len: usize,
 }
 
+/// Keeps memory mapped for those who were given its address, also after its table has moved on.
+#[derive(Clone)]
+pub struct Keeper(#[expect(dead_code, reason = "it is held, not used")] Arc<MmapRaw>);
+
 impl Memory {
-    /// `rows * columns` zeros for `what`, touched by the threads of `ctx`.
-    pub(crate) fn zeroed(rows: usize, columns: usize, what: &str, ctx: &Context) -> Result<Self> {
-        let mut memory = Self::mapped(rows, columns, what)?;
+    /// `rows * row_bytes` zeros for `what`, touched by the threads of `ctx`.
+    pub(crate) fn zeroed(rows: usize, row_bytes: usize, what: &str, ctx: &Context) -> Result<Self> {
+        let mut memory = Self::mapped(rows, row_bytes, what)?;
         memory.touch(ctx)?;
         Ok(memory)
     }
 
     /// The same, untouched: the system gives each page on first use.
-    fn mapped(rows: usize, columns: usize, what: &str) -> Result<Self> {
-        let wanted = rows as u128 * columns as u128 * size_of::<f32>() as u128;
+    pub(crate) fn mapped(rows: usize, row_bytes: usize, what: &str) -> Result<Self> {
+        let wanted = rows as u128 * row_bytes as u128;
         let refuse = |reason: String| Error::Memory { what: what.to_owned(), bytes: wanted, reason };
         let bytes = usize::try_from(wanted)
             .ok()
@@ -40,7 +50,7 @@ impl Memory {
         let slack = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 0 };
         let map = MmapMut::map_anon((bytes + slack).max(1)).map_err(|e| refuse(e.to_string()))?;
         let start = if slack > 0 { map.as_ptr().align_offset(HUGE_PAGE) } else { 0 };
-        let memory = Self { map, start, len: bytes / size_of::<f32>() };
+        let memory = Self { map: Arc::new(MmapRaw::from(map)), start, len: bytes };
         memory.ask_for_huge_pages();
         Ok(memory)
     }
@@ -48,7 +58,7 @@ impl Memory {
     fn ask_for_huge_pages(&self) {
         #[cfg(target_os = "linux")]
         {
-            let whole = self.bytes() / HUGE_PAGE * HUGE_PAGE;
+            let whole = self.len / HUGE_PAGE * HUGE_PAGE;
             let end = self.start + whole;
             // A kernel without huge pages refuses; the memory is as good without, only slower.
             let _ = self.map.advise_range(Advice::HugePage, self.start, whole);
@@ -56,30 +66,42 @@ impl Memory {
         }
     }
 
-    fn touch(&mut self, ctx: &Context) -> Result<()> {
-        const PART: usize = HUGE_PAGE / size_of::<f32>();
+    /// Has the system give all of it now.
+    pub(crate) fn touch(&mut self, ctx: &Context) -> Result<()> {
         let len = self.len;
-        let all = Disjoint::new(self.as_mut_slice());
-        threads::for_each(ctx, len.div_ceil(PART), len / 16, |i| {
-            #[expect(unsafe_code, reason = "parts are disjoint")]
+        let all = Disjoint::new(self.as_mut_slice::<u8>());
+        threads::for_each(ctx, len.div_ceil(HUGE_PAGE), len / 64, |i| {
             // SAFETY: parts of different `i` do not overlap, and each `i` comes once.
-            let part = unsafe { all.piece(i * PART..((i + 1) * PART).min(len)) };
-            part.fill(0.0);
+            let part = unsafe { all.piece(i * HUGE_PAGE..((i + 1) * HUGE_PAGE).min(len)) };
+            part.fill(0);
         })
     }
 
-    pub(crate) fn as_slice(&self) -> &[f32] {
-        bytemuck::cast_slice(&self.map[self.start..self.start + self.bytes()])
+    /// All of it; its length is a multiple of the size of `T`, which is at most 64 bytes.
+    pub(crate) fn as_slice<T: Pod>(&self) -> &[T] {
+        // SAFETY: the bytes are mapped while `self` lives, and initialised, since mapped memory is zero; `&mut` to them
+        // is given by `as_mut_slice` alone, which borrows all of `self`, the only value that gives access.
+        bytemuck::cast_slice(unsafe {
+            std::slice::from_raw_parts(self.map.as_ptr().add(self.start), self.len)
+        })
     }
 
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
-        let end = self.start + self.bytes();
-        bytemuck::cast_slice_mut(&mut self.map[self.start..end])
+    /// The same, to be changed.
+    pub(crate) fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
+        // SAFETY: as in `as_slice`; `&mut self` excludes every other slice.
+        bytemuck::cast_slice_mut(unsafe {
+            std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(self.start), self.len)
+        })
     }
 
     /// Bytes in use.
     pub(crate) fn bytes(&self) -> usize {
-        self.len * size_of::<f32>()
+        self.len
+    }
+
+    /// What keeps it mapped.
+    pub(crate) fn keeper(&self) -> Keeper {
+        Keeper(Arc::clone(&self.map))
     }
 }
 
@@ -124,19 +146,19 @@ mod tests {
     fn memory_is_aligned_zeroed_and_writable() {
         for floats in [0, 1, 100, HUGE_PAGE / 4, HUGE_PAGE / 4 * 3 + 5] {
             let ctx = Context { threads: 3, ..Context::default() };
-            let mut memory = Memory::zeroed(floats, 1, "a test", &ctx).unwrap();
+            let mut memory = Memory::zeroed(floats, size_of::<f32>(), "a test", &ctx).unwrap();
             let align = if memory.bytes() >= HUGE_PAGE { HUGE_PAGE } else { 64 };
-            assert_eq!(memory.as_slice().as_ptr() as usize % align, 0);
-            assert_eq!(memory.as_slice().len(), floats);
-            assert!(memory.as_slice().iter().all(|&x| x == 0.0));
-            memory.as_mut_slice().fill(1.0);
+            assert_eq!(memory.as_slice::<u8>().as_ptr() as usize % align, 0);
+            assert_eq!(memory.as_slice::<f32>().len(), floats);
+            assert!(memory.as_slice::<f32>().iter().all(|&x| x == 0.0));
+            memory.as_mut_slice().fill(1.0_f32);
         }
     }
 
     #[test]
     fn memory_that_is_not_there_is_an_error() {
         for rows in [1 << 45, 1 << 62, usize::MAX] {
-            let error = Memory::zeroed(rows, 16, "table 'huge'", &Context::default()).map(|_| ());
+            let error = Memory::zeroed(rows, 64, "table 'huge'", &Context::default()).map(|_| ());
             let message = error.unwrap_err().to_string();
             assert!(message.starts_with("cannot allocate table 'huge'"), "{message}");
         }
@@ -152,9 +174,21 @@ mod tests {
     #[test]
     fn more_than_2_31_rows_are_addressed() {
         let rows = (1 << 31) + 3;
-        let mut memory = Memory::mapped(rows, 1, "a test").unwrap();
-        memory.as_mut_slice()[rows - 1] = 5.0;
-        assert_eq!(memory.as_slice()[rows - 1].to_bits(), 5.0_f32.to_bits());
+        let mut memory = Memory::mapped(rows, size_of::<f32>(), "a test").unwrap();
+        memory.as_mut_slice::<f32>()[rows - 1] = 5.0;
+        assert_eq!(memory.as_slice::<f32>()[rows - 1].to_bits(), 5.0_f32.to_bits());
         assert_eq!(memory.bytes(), rows * 4);
+    }
+
+    #[test]
+    fn a_keeper_keeps_the_memory_of_a_table_that_is_gone() {
+        let mut memory = Memory::mapped(1, 64, "a test").unwrap();
+        memory.as_mut_slice().fill(7_u8);
+        let at = memory.as_slice::<u8>().as_ptr();
+        let keeper = memory.keeper();
+        drop(memory);
+        // SAFETY: the keeper keeps the bytes mapped, and nobody writes to them any more.
+        assert_eq!(unsafe { at.read() }, 7);
+        drop(keeper);
     }
 }

@@ -55,6 +55,7 @@ impl TableSet {
         let sources = Sources::none();
         let rule = Renorm { max_norm, norm_type };
         self.tables.write(|tables| {
+            tables.iter().try_for_each(|table| table.check_fp32("max_norm"))?;
             let targets: Vec<_> = tables.iter_mut().map(|table| Some(table.target())).collect();
             gradient::apply(&occurrences, &sources, false, &targets, &rule, ctx)
         })?

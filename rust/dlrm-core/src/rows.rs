@@ -2,7 +2,10 @@
 //!
 //! A new row format is a type here, a name in `row_format`, and an arm in [`with_rows`].
 
-use crate::kernels::{LANES, Simd, sum};
+use bytemuck::{Pod, Zeroable};
+
+use crate::kernels::{LANES, Lanes, Simd, sum};
+use crate::scales::Scales;
 
 /// The rows of a table as a kernel reads them.
 pub(crate) trait Rows: Copy + Send + Sync {
@@ -10,6 +13,7 @@ pub(crate) trait Rows: Copy + Send + Sync {
     fn dim(self) -> usize;
 
     /// `COUNT` vectors of `row`, from element `at` on: all inside the row when `WHOLE`; else one, cut at the row's end.
+    /// `at` is a multiple of [`LANES`].
     fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
         self,
         simd: S,
@@ -17,7 +21,7 @@ pub(crate) trait Rows: Copy + Send + Sync {
         at: usize,
     ) -> [S::V; COUNT];
 
-    /// One vector of `row`, from element `at` on, as far as the row reaches.
+    /// One vector of `row`, from element `at` on, as far as the row reaches; the other lanes are zero.
     #[inline(always)]
     fn load_at<S: Simd>(self, simd: S, row: usize, at: usize) -> S::V {
         let [v] = if at + LANES <= self.dim() {
@@ -32,7 +36,15 @@ pub(crate) trait Rows: Copy + Send + Sync {
     fn prefetch<S: Simd>(self, simd: S, row: u64);
 
     /// Writes all of `row` to `out`.
-    fn copy<S: Simd>(self, simd: S, row: usize, out: &mut [f32]);
+    #[inline(always)]
+    fn copy<S: Simd>(self, simd: S, row: usize, out: &mut [f32]) {
+        let mut at = 0;
+        while at < out.len() {
+            let elements = self.load_at(simd, row, at);
+            simd.store_at(out, at, elements);
+            at += LANES;
+        }
+    }
 }
 
 /// Rows of format fp32.
@@ -61,22 +73,320 @@ impl Rows for Fp32Rows<'_> {
     #[inline(always)]
     fn prefetch<S: Simd>(self, simd: S, row: u64) {
         let at = (row as usize).wrapping_mul(self.dim);
-        simd.prefetch_row(self.data.as_ptr().wrapping_add(at), self.dim);
-    }
-
-    #[inline(always)]
-    fn copy<S: Simd>(self, _simd: S, row: usize, out: &mut [f32]) {
-        out.copy_from_slice(&self.data[row * self.dim..][..self.dim]);
+        simd.prefetch_bytes(self.data.as_ptr().wrapping_add(at).cast(), self.dim * size_of::<f32>());
     }
 }
 
-/// Runs `$body` with `$rows` the rows of `$table`, whatever its format.
+/// How elements are packed: [`LANES`] of them are a [`Packing::Group`].
+pub(crate) trait Packing: Copy + Send + Sync {
+    /// What a group is made of.
+    type Unit: Pod;
+    /// An array of units.
+    type Group: Pod;
+
+    /// The numbers of a group.
+    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V;
+
+    /// Makes a group; of a quantized format's, the numbers are codes.
+    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V);
+}
+
+/// Units of a group.
+#[inline(always)]
+const fn group_len<P: Packing>() -> usize {
+    size_of::<P::Group>() / size_of::<P::Unit>()
+}
+
+/// `COUNT` groups of `row`, from element `at` on; one that is cut at the row's end is filled with zeros.
+#[inline(always)]
+fn groups<P: Packing, S: Simd, const COUNT: usize, const WHOLE: bool>(
+    packing: P,
+    simd: S,
+    row: &[P::Unit],
+    at: usize,
+) -> [S::V; COUNT] {
+    let len = group_len::<P>();
+    let rest = &row[at / LANES * len..];
+    if !WHOLE {
+        let mut group = P::Group::zeroed();
+        bytemuck::cast_slice_mut(std::slice::from_mut(&mut group))[..rest.len()].copy_from_slice(rest);
+        return [packing.load(simd, &group); COUNT];
+    }
+    let groups: &[P::Group] = bytemuck::cast_slice(&rest[..COUNT * len]);
+    let mut loaded = [simd.splat(0.0); COUNT];
+    for i in 0..COUNT {
+        loaded[i] = packing.load(simd, &groups[i]);
+    }
+    loaded
+}
+
+/// Packs a row; what its last unit has room for beyond the row's end is zero.
+#[inline(always)]
+pub(crate) fn pack<S: Simd, P: Packing>(simd: S, packing: P, row: &[f32], into: &mut [P::Unit]) {
+    pack_mapped(simd, packing, row, into, Same);
+}
+
+/// The same, of what `map` makes of the elements.
+#[inline(always)]
+pub(crate) fn pack_mapped<S: Simd, P: Packing, M: Map>(
+    simd: S,
+    packing: P,
+    row: &[f32],
+    into: &mut [P::Unit],
+    map: M,
+) {
+    let mut at = 0;
+    for units in into.chunks_mut(group_len::<P>()) {
+        let numbers = map.map(simd, simd.load_at(row, at));
+        if at + LANES <= row.len() {
+            packing.store(simd, &mut bytemuck::cast_slice_mut(units)[0], numbers);
+        } else {
+            let mut group = P::Group::zeroed();
+            packing.store(simd, &mut group, simd.first(numbers, row.len() - at));
+            let group = bytemuck::cast_slice(std::slice::from_ref(&group));
+            units.copy_from_slice(&group[..units.len()]);
+        }
+        at += LANES;
+    }
+}
+
+/// What becomes of elements before they are packed.
+pub(crate) trait Map: Copy {
+    fn map<S: Simd>(self, simd: S, x: S::V) -> S::V;
+}
+
+/// Nothing.
+#[derive(Clone, Copy)]
+struct Same;
+
+impl Map for Same {
+    #[inline(always)]
+    fn map<S: Simd>(self, _simd: S, x: S::V) -> S::V {
+        x
+    }
+}
+
+/// Single precision.
+#[derive(Clone, Copy)]
+pub(crate) struct Fp32;
+
+impl Packing for Fp32 {
+    type Unit = f32;
+    type Group = Lanes;
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
+        simd.load(group)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
+        simd.store(group, numbers);
+    }
+}
+
+/// Half precision.
+#[derive(Clone, Copy)]
+pub(crate) struct Fp16;
+
+impl Packing for Fp16 {
+    type Unit = u16;
+    type Group = [u16; LANES];
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
+        simd.load_fp16(group)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
+        simd.store_fp16(group, numbers);
+    }
+}
+
+/// The upper halves of single precision.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16;
+
+impl Packing for Bf16 {
+    type Unit = u16;
+    type Group = [u16; LANES];
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
+        simd.load_bf16(group)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
+        simd.store_bf16(group, numbers);
+    }
+}
+
+/// Codes of 8 bits.
+#[derive(Clone, Copy)]
+pub(crate) struct Int8;
+
+impl Packing for Int8 {
+    type Unit = u8;
+    type Group = [u8; LANES];
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
+        simd.load_int8(group)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
+        simd.store_int8(group, numbers);
+    }
+}
+
+/// Codes of 4 bits, into a codebook.
+#[derive(Clone, Copy)]
+pub(crate) struct Int4<'a>(pub(crate) &'a Lanes);
+
+impl Packing for Int4<'_> {
+    type Unit = u8;
+    type Group = [u8; LANES / 2];
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
+        simd.load_int4(group, self.0)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
+        simd.store_int4(group, numbers);
+    }
+}
+
+/// Codes of 2 bits.
+#[derive(Clone, Copy)]
+pub(crate) struct Int2;
+
+impl Packing for Int2 {
+    type Unit = u8;
+    type Group = [u8; LANES / 4];
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
+        simd.load_int2(group)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
+        simd.store_int2(group, numbers);
+    }
+}
+
+/// Rows of format fp16 or bf16.
+#[derive(Clone, Copy)]
+pub(crate) struct HalfRows<'a, P> {
+    pub(crate) packing: P,
+    pub(crate) data: &'a [u16],
+    pub(crate) dim: usize,
+}
+
+impl<P: Packing<Unit = u16>> Rows for HalfRows<'_, P> {
+    #[inline(always)]
+    fn dim(self) -> usize {
+        self.dim
+    }
+
+    #[inline(always)]
+    fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
+        self,
+        simd: S,
+        row: usize,
+        at: usize,
+    ) -> [S::V; COUNT] {
+        let row = &self.data[row * self.dim..][..self.dim];
+        groups::<P, S, COUNT, WHOLE>(self.packing, simd, row, at)
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(self, simd: S, row: u64) {
+        let at = (row as usize).wrapping_mul(self.dim);
+        simd.prefetch_bytes(self.data.as_ptr().wrapping_add(at).cast(), self.dim * size_of::<u16>());
+    }
+}
+
+/// Rows of a quantized format: an element is `scale * code + bias`, rounded after the product and after the sum.
+///
+/// So a pooled row has the same bits as one pooled over the decoded rows.
+#[derive(Clone, Copy)]
+pub(crate) struct QuantizedRows<'a, P> {
+    pub(crate) packing: P,
+    pub(crate) codes: &'a [u8],
+    pub(crate) scales: Scales<'a>,
+    pub(crate) row_bytes: usize,
+    pub(crate) dim: usize,
+}
+
+impl<P: Packing<Unit = u8>> Rows for QuantizedRows<'_, P> {
+    #[inline(always)]
+    fn dim(self) -> usize {
+        self.dim
+    }
+
+    #[inline(always)]
+    fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
+        self,
+        simd: S,
+        row: usize,
+        at: usize,
+    ) -> [S::V; COUNT] {
+        let [scale, bias] = self.scales.get(row);
+        let (scale, bias) = (simd.splat(scale), simd.splat(bias));
+        let codes = &self.codes[row * self.row_bytes..][..self.row_bytes];
+        let mut loaded = groups::<P, S, COUNT, WHOLE>(self.packing, simd, codes, at);
+        for v in &mut loaded {
+            *v = simd.add(simd.mul(*v, scale), bias);
+            if !WHOLE {
+                *v = simd.first(*v, self.dim - at);
+            }
+        }
+        loaded
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(self, simd: S, row: u64) {
+        let row = row as usize;
+        let at = row.wrapping_mul(self.row_bytes);
+        simd.prefetch_bytes(self.codes.as_ptr().wrapping_add(at), self.row_bytes);
+        simd.prefetch(self.scales.address(row));
+    }
+}
+
+/// Runs `$body` with `$rows` the rows that a [`RowsRef`](crate::table_rows::RowsRef) is of, whatever their format.
 macro_rules! with_rows {
-    ($table:expr, |$rows:ident| $body:expr) => {{
-        let table: &$crate::table::Table = $table;
-        match table.spec.format {
+    ($rows_ref:expr, |$rows:ident| $body:expr) => {{
+        use $crate::rows::{Bf16, Fp16, Int2, Int4, Int8};
+        let of: $crate::table_rows::RowsRef = $rows_ref;
+        match of.format {
             $crate::RowFormat::Fp32 => {
-                let $rows = $crate::rows::Fp32Rows { data: table.weights.as_slice(), dim: table.spec.dim };
+                let $rows = $crate::rows::Fp32Rows { data: bytemuck::cast_slice(of.elements), dim: of.dim };
+                $body
+            }
+            $crate::RowFormat::Fp16 => {
+                let $rows = of.half(Fp16);
+                $body
+            }
+            $crate::RowFormat::Bf16 => {
+                let $rows = of.half(Bf16);
+                $body
+            }
+            $crate::RowFormat::Int8 => {
+                let $rows = of.quantized(Int8);
+                $body
+            }
+            $crate::RowFormat::Int4 => {
+                let $rows = of.quantized(Int4(of.codebook));
+                $body
+            }
+            $crate::RowFormat::Int2 => {
+                let $rows = of.quantized(Int2);
                 $body
             }
         }

@@ -6,6 +6,8 @@ use crate::disjoint::Disjoint;
 use crate::kernels::touched::Target;
 use crate::memory::Memory;
 use crate::optimizers::Kind;
+use crate::scales::ScaleFormat;
+use crate::table_rows::{TableRows, pair_bytes};
 use crate::{Context, Error, Result, RowFormat};
 
 /// What a table is.
@@ -17,9 +19,12 @@ pub struct TableSpec {
     pub rows: usize,
     /// Elements of a row, at least 1.
     pub dim: usize,
-    /// How a row is stored.
+    /// How a row is stored at first; see [`TableSet::swap_rows`](crate::TableSet::swap_rows).
     pub format: RowFormat,
 }
+
+/// How the scales of new tables are stored: as what rows they will get is not known.
+const NEW_SCALES: ScaleFormat = ScaleFormat::Bf16;
 
 /// Elements of a row at most, so that sizes of outputs do not overflow.
 const MAX_DIM: usize = 1 << 31;
@@ -27,7 +32,8 @@ const MAX_DIM: usize = 1 << 31;
 impl TableSpec {
     /// Bytes of all rows.
     pub(crate) fn bytes(&self) -> u128 {
-        self.rows as u128 * self.format.row_bytes(self.dim) as u128
+        let row_bytes = self.format.row_bytes(self.dim) as u128;
+        self.rows as u128 * (row_bytes + pair_bytes(self.format, NEW_SCALES) as u128)
     }
 
     /// Bytes of the state of an optimizer of this kind.
@@ -45,8 +51,10 @@ impl fmt::Display for TableSpec {
 /// Bytes of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableMemory {
-    /// Of its rows.
+    /// Of the elements of its rows.
     pub payload: usize,
+    /// Of the scales and biases of its rows.
+    pub scales: usize,
     /// Of its optimizer state.
     pub state: usize,
     /// Of the rest: what pages waste, and the engine's own description.
@@ -56,7 +64,7 @@ pub struct TableMemory {
 /// An embedding table.
 pub(crate) struct Table {
     pub(crate) spec: TableSpec,
-    pub(crate) weights: Memory,
+    pub(crate) rows: TableRows,
     pub(crate) state: Memory,
 }
 
@@ -73,38 +81,57 @@ impl Table {
         }
         let what = spec.to_string();
         Ok(Self {
-            weights: Memory::zeroed(spec.rows, spec.dim, &what, ctx)?,
-            state: Memory::zeroed(0, 0, &what, ctx)?,
+            rows: TableRows::zeroed((spec.rows, spec.dim), spec.format, NEW_SCALES, &what, ctx)?,
+            state: Self::no_state(ctx)?,
             spec,
         })
+    }
+
+    /// What a table has without an optimizer.
+    pub(crate) fn no_state(ctx: &Context) -> Result<Memory> {
+        Memory::zeroed(0, 0, "no state", ctx)
     }
 
     /// Zeroed state for an optimizer of this kind.
     pub(crate) fn new_state(&self, kind: Kind, ctx: &Context) -> Result<Memory> {
         let what = format!("{kind} state of table '{}'", self.spec.name);
-        Memory::zeroed(self.spec.rows, kind.state_len(self.spec.dim), &what, ctx)
+        Memory::zeroed(self.spec.rows, kind.state_len(self.spec.dim) * size_of::<f32>(), &what, ctx)
     }
 
-    /// All rows and their state, for an optimizer to change.
+    /// All rows, of fp32, and their state, for an optimizer to change.
     pub(crate) fn target(&mut self) -> Target<'_> {
+        debug_assert_eq!(self.rows.format, RowFormat::Fp32);
         let dim = self.spec.dim;
+        let state: &mut [f32] = self.state.as_mut_slice();
         Target {
             dim,
-            state_len: self.state.as_slice().len() / self.spec.rows.max(1),
-            weights: Disjoint::new(self.weights.as_mut_slice()),
-            state: Disjoint::new(self.state.as_mut_slice()),
+            state_len: state.len() / self.spec.rows.max(1),
+            weights: Disjoint::new(self.rows.elements.as_mut_slice()),
+            state: Disjoint::new(state),
             rows: None,
         }
+    }
+
+    /// Refuses rows that are not fp32, which alone can be changed in place, for what `argument` asks.
+    pub(crate) fn check_fp32(&self, argument: &str) -> Result<()> {
+        if self.rows.format == RowFormat::Fp32 {
+            return Ok(());
+        }
+        let got = format!("{} rows in table '{}'", self.rows.format, self.spec.name);
+        Err(Error::argument(argument, "tables of fp32 rows", got))
+    }
+
+    /// Cache lines of a row.
+    pub(crate) fn row_lines(&self) -> usize {
+        self.rows.format.row_bytes(self.spec.dim).div_ceil(64)
     }
 
     pub(crate) fn memory(&self) -> TableMemory {
         const PAGE: usize = 4096;
         let wasted = |bytes: usize| bytes.next_multiple_of(PAGE) - bytes;
-        let (payload, state) = (self.weights.bytes(), self.state.bytes());
-        TableMemory {
-            payload,
-            state,
-            overhead: wasted(payload) + wasted(state) + size_of::<Self>() + self.spec.name.len(),
-        }
+        let (payload, scales, state) =
+            (self.rows.elements.bytes(), self.rows.scales.bytes(), self.state.bytes());
+        let pages = wasted(payload) + wasted(scales) + wasted(state);
+        TableMemory { payload, scales, state, overhead: pages + size_of::<Self>() + self.spec.name.len() }
     }
 }

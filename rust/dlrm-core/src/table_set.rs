@@ -1,12 +1,14 @@
 //! A set of tables and the features that look them up: what is known before the first call.
 
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::encode::{self, Encoded, Encoding};
 use crate::guarded::Guarded;
-use crate::memory::check_available;
+use crate::memory::{Keeper, check_available};
 use crate::optimizers::Kind;
 use crate::table::{Table, TableMemory, TableSpec};
-use crate::{Bags, Context, Error, Pooling, Result};
+use crate::table_rows::TableRows;
+use crate::{Bags, Context, Error, Pooling, Result, RowFormat};
 
 /// One input of the model: ids that look up one table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +30,9 @@ pub struct TableSet {
     pub(crate) pooled: bool,
     /// The features of each table.
     pub(crate) features_of: Vec<Vec<usize>>,
-    /// Apart from the tables, so that it can be asked for without their lock.
-    optimizer: OnceLock<Kind>,
+    /// The chosen optimizer, as its place in [`Kind::ALL`] plus one; 0 for none. Apart from the tables, so that it can be
+    /// asked for without their lock, and written under it alone.
+    optimizer: AtomicUsize,
     pub(crate) tables: Guarded<Vec<Table>>,
 }
 
@@ -69,7 +72,7 @@ impl TableSet {
         check_available(specs.iter().map(TableSpec::bytes).sum(), &describe(&specs))?;
         let tables = specs.iter().map(|spec| Table::new(spec.clone(), ctx));
         let tables = Guarded::new(tables.collect::<Result<_>>()?);
-        Ok(Self { specs, features, features_of, columns, pooled, optimizer: OnceLock::new(), tables })
+        Ok(Self { specs, features, features_of, columns, pooled, optimizer: AtomicUsize::new(0), tables })
     }
 
     /// What the tables are.
@@ -87,7 +90,8 @@ impl TableSet {
     /// The optimizer of [`TableSet::update`].
     #[must_use]
     pub fn optimizer(&self) -> Option<Kind> {
-        self.optimizer.get().copied()
+        let place = self.optimizer.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(Kind::ALL[place])
     }
 
     /// Chooses the optimizer of [`TableSet::update`], once, and gives every table zeroed state for it.
@@ -97,26 +101,108 @@ impl TableSet {
             &format!("{kind} state of {}", describe(&self.specs)),
         )?;
         self.tables.write(|tables| {
-            if let Some(chosen) = self.optimizer.get() {
+            if let Some(chosen) = self.optimizer() {
                 let got = format!("{chosen}, then {kind}");
                 return Err(Error::argument("optimizer", "to be chosen once", got));
             }
+            tables.iter().try_for_each(|table| table.check_fp32("optimizer"))?;
             let states = tables.iter().map(|table| table.new_state(kind, ctx));
             let states = states.collect::<Result<Vec<_>>>()?;
             for (table, state) in tables.iter_mut().zip(states) {
                 table.state = state;
             }
-            self.optimizer.get_or_init(|| kind);
+            let before = Kind::ALL.iter().take_while(|&&one| one != kind);
+            self.optimizer.store(before.count() + 1, Ordering::Relaxed);
             Ok(())
         })?
     }
 
-    /// Calls `f` with the rows of a table, `(N, D)`, while no other call reads or writes the set.
-    pub fn write<R>(&self, table: usize, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
-        self.tables.write(|tables| f(tables[table].weights.as_mut_slice()))
+    /// Gives the optimizer up, and its state.
+    pub fn clear_optimizer(&self, ctx: &Context) -> Result<()> {
+        self.tables.write(|tables| {
+            for table in tables {
+                table.state = Table::no_state(ctx)?;
+            }
+            self.optimizer.store(0, Ordering::Relaxed);
+            Ok(())
+        })?
     }
 
-    /// Calls `f` with the optimizer state of a table, `(N, Kind::state_len(D))`, likewise.
+    /// Calls `f` with the rows of a table, while no other call changes them.
+    pub fn read_rows<R>(&self, table: usize, f: impl FnOnce(&TableRows) -> R) -> Result<R> {
+        self.tables.read(|tables| f(&tables[table].rows))
+    }
+
+    /// Makes rows of another format of those of a table, which stay as they are.
+    pub fn encode(&self, table: usize, encoding: Encoding, ctx: &Context) -> Result<Encoded> {
+        self.tables.read(|tables| {
+            let Table { spec, rows, .. } = &tables[table];
+            encode::encode(rows.as_ref(), spec, encoding, ctx)
+        })?
+    }
+
+    /// Puts rows of the same number and dim in the place of those of a table, and gives these back.
+    ///
+    /// A table with an optimizer, which needs fp32 rows, takes no others.
+    pub fn swap_rows(&self, table: usize, rows: TableRows) -> Result<TableRows> {
+        self.tables.write(|tables| {
+            let Table { spec, rows: present, .. } = &mut tables[table];
+            let expected = (spec.rows, spec.dim);
+            if (rows.rows, rows.dim) != expected {
+                let argument = format!("rows of table '{}'", spec.name);
+                let [expected, got] = [expected, (rows.rows, rows.dim)].map(|(n, d)| format!("{n} x {d}"));
+                return Err(Error::argument(argument, expected, got));
+            }
+            if let Some(kind) = self.optimizer().filter(|_| rows.format != RowFormat::Fp32) {
+                let got = format!("{} rows for a table that {kind} trains", rows.format);
+                return Err(Error::argument(format!("rows of table '{}'", spec.name), "fp32 rows", got));
+            }
+            Ok(std::mem::replace(present, rows))
+        })?
+    }
+
+    /// Encodes fp32 rows, `(n, D)`, by minmax in the table's own format, over those from `first` on.
+    ///
+    /// An error counts rows from `first`.
+    pub fn write_rows(&self, table: usize, first: usize, source: &[f32], ctx: &Context) -> Result<()> {
+        self.tables.write(|tables| {
+            let Table { spec, rows, .. } = &mut tables[table];
+            let count = source.len() / spec.dim;
+            if !source.len().is_multiple_of(spec.dim)
+                || first.checked_add(count).is_none_or(|end| end > spec.rows)
+            {
+                let expected = format!("whole rows of {} elements, up to row {}", spec.dim, spec.rows);
+                let got = format!("{} elements from row {first} on", source.len());
+                return Err(Error::argument(format!("rows of table '{}'", spec.name), expected, got));
+            }
+            let part = TableSpec { rows: count, ..spec.clone() };
+            let made = TableRows::encode(source, &part, rows.encoding(), ctx)?;
+            rows.overwrite(first, &made.rows);
+            Ok(())
+        })?
+    }
+
+    /// Calls `f` with the fp32 rows of a table, `(N, D)`, while no other call reads or writes the set.
+    ///
+    /// # Panics
+    /// When the rows have another format.
+    pub fn write<R>(&self, table: usize, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        self.tables.write(|tables| {
+            assert_eq!(tables[table].rows.format, RowFormat::Fp32, "rows to write as fp32");
+            f(tables[table].rows.elements.as_mut_slice())
+        })
+    }
+
+    /// Calls `f` with the optimizer state of a table, `(N, Kind::state_len(D))`, and what keeps it in memory, while no
+    /// other call changes it.
+    pub fn read_state<R>(&self, table: usize, f: impl FnOnce(&[f32], Keeper) -> R) -> Result<R> {
+        self.tables.read(|tables| {
+            let state = &tables[table].state;
+            f(state.as_slice(), state.keeper())
+        })
+    }
+
+    /// The same to be changed, while no other call has the set.
     pub fn write_state<R>(&self, table: usize, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
         self.tables.write(|tables| f(tables[table].state.as_mut_slice()))
     }

@@ -32,7 +32,7 @@ impl TableSet {
         let level = ctx.level;
         let (sum, bad) = (AtomicU64::new(0), AtomicUsize::new(usize::MAX));
         self.tables.read(|tables| {
-            pieces::for_each(ctx, &self.sizes(bags), |feature, units| {
+            pieces::for_each(ctx, &self.sizes(bags, tables), |feature, units| {
                 let table = &tables[self.features[feature].table];
                 let positions = self.positions(bags, feature, units);
                 let touched = with_ids!(bags.ids, |ids| touch(level, table, &ids[positions.clone()]));
@@ -62,8 +62,10 @@ fn touch<I: Id>(level: Level, table: &Table, ids: &[I]) -> std::result::Result<u
     match first_bad(ids, table.spec.rows) {
         Some(place) => Err(place),
         None => Ok(level.run(Touch {
-            bytes: bytemuck::cast_slice(table.weights.as_slice()),
-            row_bytes: table.spec.format.row_bytes(table.spec.dim),
+            elements: table.rows.elements.as_slice(),
+            row_bytes: table.rows.format.row_bytes(table.spec.dim),
+            scales: table.rows.scales.as_slice(),
+            pair_bytes: table.rows.pair_bytes(),
             ids,
         })),
     }

@@ -24,6 +24,8 @@ impl TableSet {
         }
         let backward = Backward::new(self, bags, gradient, ctx)?;
         self.tables.write(|tables| {
+            let mut trained = tables.iter().zip(gradient.trainable).filter(|(_, trainable)| **trainable);
+            trained.try_for_each(|(table, _)| table.check_fp32("trainable"))?;
             let tables = tables.iter_mut().zip(gradient.trainable);
             let targets: Vec<_> =
                 tables.map(|(table, &trainable)| trainable.then(|| table.target())).collect();

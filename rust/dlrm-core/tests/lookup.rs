@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Case, any_case, assert_close, bits, contexts, large_case};
-use dlrm_core::{Bags, Context, Error, Ids, Offsets, Pooling};
+use dlrm_core::{Bags, Context, Error, Ids, Offsets, Output, Pooling};
 use proptest::prelude::*;
 
 /// Output and argmax.
@@ -12,7 +12,7 @@ fn lookup(case: &Case, ctx: &Context) -> (Vec<f32>, Vec<i32>) {
     let bags = case.call(&arrays);
     let mut out = vec![f32::NAN; set.output_len(&bags)]; // every element must be written
     let mut argmax = vec![-7; out.len()];
-    set.lookup(&bags, &mut out, Some(&mut argmax), ctx).unwrap();
+    set.lookup(&bags, Output::Fp32(&mut out), Some(&mut argmax), ctx).unwrap();
     (out, argmax)
 }
 
@@ -81,7 +81,7 @@ fn a_bad_id_is_named_at_every_level_and_the_next_call_is_right() {
             let set = case.set(&ctx);
             let bags = case.call(&arrays);
             let mut out = vec![0.0; set.output_len(&bags)];
-            match set.lookup(&bags, &mut out, None, &ctx) {
+            match set.lookup(&bags, Output::Fp32(&mut out), None, &ctx) {
                 Err(Error::Id { position, id, .. }) => {
                     assert_eq!((position, id), (named, arrays.wide[named]));
                 }
@@ -100,7 +100,8 @@ fn the_message_names_table_feature_and_bag() {
     let offsets: Vec<i64> = (0..8).collect();
     let ids = [0, 0, 0, 3, 0, 0, 0, 0];
     let bags = Bags::new(Ids::I32(&ids), Offsets::I64(&offsets), 4, 2, None).unwrap();
-    let error = set.lookup(&bags, &mut vec![0.0; set.output_len(&bags)], None, &Context::default());
+    let error =
+        set.lookup(&bags, Output::Fp32(&mut vec![0.0; set.output_len(&bags)]), None, &Context::default());
     assert_eq!(
         error.unwrap_err().to_string(),
         "indices[3]: expected 0 <= id < 3, the rows of table 't1', got 3 (feature 1, bag 1)"
@@ -115,16 +116,16 @@ fn shapes_and_weights_are_checked() {
     let bags = case.call(&arrays);
     let len = set.output_len(&bags);
     let message = |result: dlrm_core::Result<()>| result.unwrap_err().to_string();
-    let out = message(set.lookup(&bags, &mut vec![0.0; len - 1], None, &ctx));
+    let out = message(set.lookup(&bags, Output::Fp32(&mut vec![0.0; len - 1]), None, &ctx));
     assert_eq!(out, format!("out: expected {len} elements, got {}", len - 1));
-    let argmax = message(set.lookup(&bags, &mut vec![0.0; len], Some(&mut [0]), &ctx));
+    let argmax = message(set.lookup(&bags, Output::Fp32(&mut vec![0.0; len]), Some(&mut [0]), &ctx));
     assert_eq!(argmax, format!("argmax: expected {len} elements, got 1"));
 
     let weights = vec![1.0; arrays.wide.len()];
     let weighted =
         Bags::new(Ids::I64(&arrays.wide), Offsets::I64(&arrays.offsets), 4, case.batch, Some(&weights))
             .unwrap();
-    let refused = message(set.lookup(&weighted, &mut vec![0.0; len], None, &ctx));
+    let refused = message(set.lookup(&weighted, Output::Fp32(&mut vec![0.0; len]), None, &ctx));
     assert_eq!(refused, "per_sample_weights: expected sum or mean pooling, got pooling max in feature 0");
 
     let mut nan = weights;
@@ -132,7 +133,7 @@ fn shapes_and_weights_are_checked() {
     let case = large_case(Pooling::Sum);
     let bags =
         Bags::new(Ids::I64(&arrays.wide), Offsets::I64(&arrays.offsets), 4, case.batch, Some(&nan)).unwrap();
-    let refused = message(case.set(&ctx).lookup(&bags, &mut vec![0.0; len], None, &ctx));
+    let refused = message(case.set(&ctx).lookup(&bags, Output::Fp32(&mut vec![0.0; len]), None, &ctx));
     assert_eq!(refused, "per_sample_weights[9]: expected a number, got NaN");
 }
 
@@ -143,7 +144,7 @@ fn poll_ends_a_lookup() {
     let arrays = case.arrays();
     let set = case.set(&Context::default());
     let bags = case.call(&arrays);
-    let ended = set.lookup(&bags, &mut vec![0.0; set.output_len(&bags)], None, &ctx);
+    let ended = set.lookup(&bags, Output::Fp32(&mut vec![0.0; set.output_len(&bags)]), None, &ctx);
     assert_eq!(ended, Err(Error::Interrupted));
 }
 
@@ -157,6 +158,6 @@ fn a_call_from_poll_on_the_same_tables_is_refused() {
         false
     };
     let ctx = Context { poll: &poll, ..Context::default() };
-    set.lookup(&bags, &mut vec![0.0; set.output_len(&bags)], None, &ctx).unwrap();
+    set.lookup(&bags, Output::Fp32(&mut vec![0.0; set.output_len(&bags)]), None, &ctx).unwrap();
     assert_eq!(set.write(0, |_| ()), Ok(()));
 }

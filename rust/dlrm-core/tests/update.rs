@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use common::{Arrays, Case, any_case, assert_close, bits, contexts, large_case, noise};
 use dlrm_core::optimizers::{Kind, Optimizer};
-use dlrm_core::{Context, Error, Gradient, Pooling, SparseRows, TableSet};
+use dlrm_core::{Context, Error, Gradient, Output, Pooling, SparseRows, TableSet};
 use proptest::prelude::*;
 
 /// What comes from the model: a gradient of the output, and the argmax of a lookup.
@@ -20,7 +20,7 @@ fn from_model(case: &Case, set: &TableSet, arrays: &Arrays) -> FromModel {
     let bags = case.call(arrays);
     let len = set.output_len(&bags);
     let mut argmax = vec![-7; len];
-    set.lookup(&bags, &mut vec![0.0; len], Some(&mut argmax), &Context::default()).unwrap();
+    set.lookup(&bags, Output::Fp32(&mut vec![0.0; len]), Some(&mut argmax), &Context::default()).unwrap();
     let output = (0..len).map(|i| noise(case.seed ^ 3, i)).collect();
     FromModel { output, argmax, trainable: vec![true; case.tables.len()] }
 }

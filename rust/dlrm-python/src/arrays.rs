@@ -1,6 +1,7 @@
 //! NumPy arrays as the slices that the engine takes: checked, never converted.
 
-use dlrm_core::{Bags, Ids, Offsets, Result, TableSet};
+use dlrm_core::{Bags, Ids, Offsets, Output, Result, TableSet};
+use half::f16;
 use numpy::{
     Element, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArrayDyn, PyUntypedArray,
     PyUntypedArrayMethods,
@@ -73,6 +74,36 @@ pub(crate) struct BagSlices<'a> {
 impl<'a> BagSlices<'a> {
     pub(crate) fn bags(&self, set: &TableSet, batch_size: usize) -> Result<Bags<'a>> {
         Bags::new(self.ids, self.offsets, set.features().len(), batch_size, self.per_sample_weights)
+    }
+}
+
+/// What a lookup writes to.
+pub(crate) enum OutputArray<'py> {
+    Fp32(PyReadwriteArrayDyn<'py, f32>),
+    Fp16(PyReadwriteArrayDyn<'py, f16>),
+    /// The bits, as NumPy has no such type.
+    Bf16(PyReadwriteArrayDyn<'py, i16>),
+}
+
+impl<'py> OutputArray<'py> {
+    pub(crate) fn new(name: &str, array: &Bound<'py, PyAny>) -> PyResult<Self> {
+        if array.cast::<PyArrayDyn<f32>>().is_ok() {
+            Ok(Self::Fp32(output(name, array)?))
+        } else if array.cast::<PyArrayDyn<f16>>().is_ok() {
+            Ok(Self::Fp16(output(name, array)?))
+        } else if array.cast::<PyArrayDyn<i16>>().is_ok() {
+            Ok(Self::Bf16(output(name, array)?))
+        } else {
+            Err(wrong_type(name, "an array of float32, float16 or int16 (the bits of bfloat16)", array))
+        }
+    }
+
+    pub(crate) fn output(&mut self) -> PyResult<Output<'_>> {
+        Ok(match self {
+            Self::Fp32(out) => Output::Fp32(out.as_slice_mut()?),
+            Self::Fp16(out) => Output::Fp16(out.as_slice_mut()?),
+            Self::Bf16(out) => Output::Bf16(bytemuck::cast_slice_mut(out.as_slice_mut()?)),
+        })
     }
 }
 

@@ -6,7 +6,9 @@ mod arrays;
 mod call;
 mod error;
 mod runtime;
+mod table_rows;
 mod table_set;
+mod views;
 
 #[pyo3::pymodule]
 mod _dlrm_rs {
@@ -14,6 +16,8 @@ mod _dlrm_rs {
 
     #[pymodule_export]
     use crate::runtime::{get_num_threads, info, set_num_threads, set_simd};
+    #[pymodule_export]
+    use crate::table_rows::TableRows;
     #[pymodule_export]
     use crate::table_set::TableSet;
 

@@ -1,19 +1,19 @@
 //! The handle of a set of tables.
 
-#![expect(unsafe_code, reason = "NumPy views of memory that Rust owns")]
 #![expect(clippy::too_many_arguments, reason = "they are Python's: no structure is made for each call")]
 
 use dlrm_core::optimizers::{Kind, Optimizer};
-use dlrm_core::{Feature, Gradient, TableSpec};
-use numpy::ndarray::{ArrayView, Dimension, IntoDimension};
-use numpy::{PyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArrayDyn};
+use dlrm_core::{Feature, Gradient, Layout, TableSpec};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping};
 
-use crate::arrays::{BagArrays, input, output};
+use crate::arrays::{BagArrays, OutputArray, input, output};
 use crate::call::call;
 use crate::error::BindingError;
+use crate::table_rows::{TableRows, WithErrors, encoding};
+use crate::views::{self, Kept};
 
 type Array2<'py> = Bound<'py, PyArray2<f32>>;
 /// Touched rows and their gradients.
@@ -43,12 +43,84 @@ impl TableSet {
         call(py, |ctx| dlrm_core::TableSet::new(specs, features, ctx)).map(Self)
     }
 
-    fn weight<'py>(slf: &Bound<'py, Self>, table: usize) -> PyResult<Array2<'py>> {
-        let this = slf.get();
-        let spec = this.spec(table)?;
-        let start = call(slf.py(), |_| this.0.write(table, |rows| rows.as_mut_ptr() as usize))?;
-        // SAFETY: the rows of a table are `rows * dim` floats that stay where they are while the set lives.
-        Ok(unsafe { view(slf, start, [spec.rows, spec.dim]) })
+    fn row_format(&self, py: Python<'_>, table: usize) -> PyResult<&'static str> {
+        self.spec(table)?;
+        call(py, |_| self.0.read_rows(table, |rows| rows.format().name()))
+    }
+
+    fn weight<'py>(&self, py: Python<'py>, table: usize) -> PyResult<Bound<'py, PyAny>> {
+        let spec = self.spec(table)?;
+        let (format, _, elements, _) = call(py, |_| self.0.read_rows(table, views::parts))?;
+        views::numbers(py, format, elements, [spec.rows, spec.dim])
+    }
+
+    fn codes<'py>(&self, py: Python<'py>, table: usize) -> PyResult<Bound<'py, PyAny>> {
+        let spec = self.quantized(py, table)?;
+        let (format, _, elements, _) = call(py, |_| self.0.read_rows(table, views::parts))?;
+        elements.view::<u8, _>(py, [spec.rows, format.row_bytes(spec.dim)])
+    }
+
+    fn scales<'py>(&self, py: Python<'py>, table: usize) -> PyResult<Bound<'py, PyAny>> {
+        let spec = self.quantized(py, table)?;
+        let (_, format, _, scales) = call(py, |_| self.0.read_rows(table, views::parts))?;
+        views::scales(py, format, scales, spec.rows)
+    }
+
+    fn codebook<'py>(&self, py: Python<'py>, table: usize) -> PyResult<Option<Bound<'py, PyArray1<f32>>>> {
+        self.spec(table)?;
+        let codebook = |rows: &dlrm_core::TableRows| rows.has_codebook().then(|| *rows.codebook());
+        let codebook = call(py, |_| self.0.read_rows(table, codebook))?;
+        Ok(codebook.map(|numbers| PyArray1::from_slice(py, &numbers)))
+    }
+
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        table: usize,
+        row_format: &str,
+        method: &str,
+        scale_format: Option<&str>,
+        zero_not_finite: bool,
+    ) -> PyResult<WithErrors<'py>> {
+        self.spec(table)?;
+        let encoding = encoding(row_format, method, scale_format, zero_not_finite)?;
+        let encoded = call(py, |ctx| self.0.encode(table, encoding, ctx))?;
+        Ok(TableRows::with_errors(py, encoded))
+    }
+
+    fn swap_rows(&self, py: Python<'_>, table: usize, rows: &TableRows) -> PyResult<TableRows> {
+        self.spec(table)?;
+        let rows = rows.take()?;
+        call(py, |_| self.0.swap_rows(table, rows)).map(TableRows::new)
+    }
+
+    fn write_rows(&self, py: Python<'_>, table: usize, first: usize, rows: Any<'_, '_>) -> PyResult<()> {
+        self.spec(table)?;
+        let rows = input("rows", rows)?;
+        let rows = rows.as_slice()?;
+        call(py, |ctx| self.0.write_rows(table, first, rows, ctx))
+    }
+
+    fn pack<'py>(
+        &self,
+        py: Python<'py>,
+        table: usize,
+        layout: &str,
+        row_alignment: usize,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let spec = self.quantized(py, table)?;
+        let layout: Layout = layout.parse().map_err(BindingError)?;
+        let format = call(py, |_| self.0.read_rows(table, dlrm_core::TableRows::format))?;
+        let row_bytes = layout.row_bytes(format, spec.dim).next_multiple_of(row_alignment.max(1));
+        let packed = zeros(py, (spec.rows, row_bytes), "uint8")?;
+        let mut array = output::<u8>("packed", &packed)?;
+        let into = array.as_slice_mut()?;
+        call(py, |ctx| self.0.read_rows(table, |rows| rows.pack(into, spec, layout, row_bytes, ctx))?)?;
+        Ok(packed)
+    }
+
+    fn clear_optimizer(&self, py: Python<'_>) -> PyResult<()> {
+        call(py, |ctx| self.0.clear_optimizer(ctx))
     }
 
     fn set_optimizer(&self, py: Python<'_>, name: &str) -> PyResult<()> {
@@ -56,18 +128,14 @@ impl TableSet {
         call(py, |ctx| self.0.set_optimizer(kind, ctx))
     }
 
-    fn optimizer_state<'py>(slf: &Bound<'py, Self>, table: usize) -> PyResult<Bound<'py, PyDict>> {
-        let this = slf.get();
-        let spec = this.spec(table)?;
-        let start = call(slf.py(), |_| this.0.write_state(table, |state| state.as_mut_ptr() as usize))?;
-        let state = PyDict::new(slf.py());
-        // SAFETY: the state is `rows * state_len` floats, allocated once, that stay where they are while the set lives.
-        unsafe {
-            match this.0.optimizer() {
-                Some(Kind::Adagrad) => state.set_item("sum", view(slf, start, [spec.rows, spec.dim]))?,
-                Some(Kind::RowWiseAdagrad) => state.set_item("sum", view(slf, start, [spec.rows]))?,
-                _ => {}
-            }
+    fn optimizer_state<'py>(&self, py: Python<'py>, table: usize) -> PyResult<Bound<'py, PyDict>> {
+        let spec = self.spec(table)?;
+        let kept = call(py, |_| self.0.read_state(table, |state, keeper| Kept::new((state, keeper))))?;
+        let state = PyDict::new(py);
+        match self.0.optimizer() {
+            Some(Kind::Adagrad) => state.set_item("sum", kept.view::<f32, _>(py, [spec.rows, spec.dim])?)?,
+            Some(Kind::RowWiseAdagrad) => state.set_item("sum", kept.view::<f32, _>(py, [spec.rows])?)?,
+            _ => {}
         }
         Ok(state)
     }
@@ -84,9 +152,9 @@ impl TableSet {
     ) -> PyResult<()> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
         let slices = arrays.slices()?;
-        let mut out = output("out", out)?;
+        let mut out = OutputArray::new("out", out)?;
         let mut argmax = argmax.map(|a| output("argmax", a)).transpose()?;
-        let out = out.as_slice_mut()?;
+        let out = out.output()?;
         let argmax = argmax.as_mut().map(|a| a.as_slice_mut()).transpose()?;
         call(py, |ctx| self.0.lookup(&slices.bags(&self.0, batch_size)?, out, argmax, ctx))
     }
@@ -160,11 +228,12 @@ impl TableSet {
         let gradient = GradientArrays::new(argmax, grad, trainable, scale_grad_by_freq)?;
         let gradient = gradient.gradient()?;
         let wanted = self.0.specs().iter().zip(gradient.trainable);
-        let zeros =
-            |(spec, trainable): (&TableSpec, &bool)| trainable.then(|| zeros(py, (spec.rows, spec.dim)));
+        let zeros = |(spec, trainable): (&TableSpec, &bool)| {
+            trainable.then(|| zeros(py, (spec.rows, spec.dim), "float32"))
+        };
         let into = wanted.map(|table| zeros(table).transpose()).collect::<PyResult<Vec<_>>>()?;
         let mut arrays =
-            into.iter().flatten().map(|a| output("gradient", a)).collect::<PyResult<Vec<_>>>()?;
+            into.iter().flatten().map(|a| output::<f32>("gradient", a)).collect::<PyResult<Vec<_>>>()?;
         let mut written = arrays.iter_mut().map(|a| a.as_slice_mut());
         let mut tables = Vec::with_capacity(into.len());
         for array in &into {
@@ -215,7 +284,7 @@ impl TableSet {
         let slices = arrays.slices()?;
         let grad = input("grad", grad)?;
         let grad = grad.as_slice()?;
-        let into = zeros(py, slices.ids.len())?;
+        let into = zeros(py, slices.ids.len(), "float32")?;
         let mut array = output("gradient", &into)?;
         let slice = array.as_slice_mut()?;
         call(py, |ctx| {
@@ -229,6 +298,7 @@ impl TableSet {
         let dict = |table: dlrm_core::TableMemory| {
             let dict = PyDict::new(py);
             dict.set_item("payload", table.payload)?;
+            dict.set_item("scales", table.scales)?;
             dict.set_item("state", table.state)?;
             dict.set_item("overhead", table.overhead)?;
             Ok(dict)
@@ -242,6 +312,17 @@ impl TableSet {
         let tables = self.0.specs().len();
         let missing = || PyIndexError::new_err(format!("table: expected below {tables}, got {table}"));
         self.0.specs().get(table).ok_or_else(missing)
+    }
+
+    /// The same of a table whose rows are quantized.
+    fn quantized(&self, py: Python<'_>, table: usize) -> PyResult<&TableSpec> {
+        let spec = self.spec(table)?;
+        let format = call(py, |_| self.0.read_rows(table, dlrm_core::TableRows::format))?;
+        if format.is_quantized() {
+            return Ok(spec);
+        }
+        let message = format!("table '{}': expected int8, int4 or int2 rows, got {format}", spec.name);
+        Err(PyValueError::new_err(message))
     }
 }
 
@@ -284,26 +365,6 @@ fn hyperparameter(group: &Bound<'_, PyMapping>, name: &str) -> PyResult<f64> {
 }
 
 /// NumPy's own, which raises where the memory cannot be had.
-fn zeros<'py>(py: Python<'py>, shape: impl IntoPyObject<'py>) -> PyResult<Bound<'py, PyAny>> {
-    py.import("numpy")?.call_method1("zeros", (shape, "float32"))
-}
-
-/// A NumPy array over memory of the set, which it keeps alive.
-///
-/// # Safety
-/// At the address `start` are as many floats as `shape` says, in one place while the set lives.
-unsafe fn view<'py, S: IntoDimension>(
-    set: &Bound<'py, TableSet>,
-    start: usize,
-    shape: S,
-) -> Bound<'py, PyArray<f32, S::Dim>>
-where
-    S::Dim: Dimension,
-{
-    let shape = shape.into_dimension();
-    // SAFETY: as the caller promises; NumPy's aliasing rules are Python's, not those of the view, which ends here.
-    unsafe {
-        let rows = ArrayView::from_shape_ptr(shape, start as *const f32);
-        PyArray::borrow_from_array(&rows, set.clone().into_any())
-    }
+fn zeros<'py>(py: Python<'py>, shape: impl IntoPyObject<'py>, dtype: &str) -> PyResult<Bound<'py, PyAny>> {
+    py.import("numpy")?.call_method1("zeros", (shape, dtype))
 }

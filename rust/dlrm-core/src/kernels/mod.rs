@@ -9,7 +9,11 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+pub(crate) mod compare;
+pub(crate) mod decode;
 pub(crate) mod dot;
+pub(crate) mod encode;
+pub(crate) mod fit;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod pool;
@@ -18,5 +22,6 @@ mod simd;
 pub(crate) mod sum;
 pub(crate) mod touch;
 pub(crate) mod touched;
+pub(crate) mod train;
 
 pub(crate) use simd::{Kernel, LANES, Lanes, Simd};

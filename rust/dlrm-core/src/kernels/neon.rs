@@ -5,6 +5,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+use super::scalar::Scalar;
 use super::{Kernel, LANES, Lanes, Simd};
 
 #[derive(Clone, Copy)]
@@ -30,7 +31,7 @@ impl Neon {
 /// One intrinsic for each register `$i` of a vector.
 macro_rules! each {
     (|$i:ident| $call:expr) => {{
-        // SAFETY: a `Neon` is made only where the CPU has neon; a memory operand comes as a reference to as many floats
+        // SAFETY: a `Neon` is made only where the CPU has neon; a memory operand comes as a reference to as many bytes
         // as the intrinsic touches.
         unsafe {
             [
@@ -104,7 +105,79 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: *const f32) {
+    fn round(self, a: Self::V) -> Self::V {
+        each!(|I| vrndnq_f32(a[I]))
+    }
+
+    #[inline(always)]
+    fn load_fp16(self, from: &[u16; LANES]) -> Self::V {
+        each!(|I| {
+            let widened: float32x4_t;
+            let halves = vld1_u16(from[I * QUARTER..].as_ptr());
+            // The intrinsic is of a newer Rust than this crate asks for.
+            asm!("fcvtl {to:v}.4s, {from:v}.4h", to = out(vreg) widened, from = in(vreg) halves,
+                options(pure, nomem, nostack, preserves_flags));
+            widened
+        })
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V {
+        each!(|I| vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from[I * QUARTER..].as_ptr()))))
+    }
+
+    #[inline(always)]
+    fn load_int8(self, from: &[u8; LANES]) -> Self::V {
+        let words = from.map(u32::from);
+        each!(|I| vcvtq_f32_u32(vld1q_u32(words[I * QUARTER..].as_ptr())))
+    }
+
+    #[inline(always)]
+    fn load_int4(self, from: &[u8; LANES / 2], codebook: &Lanes) -> Self::V {
+        self.load(&Scalar.load_int4(from, codebook))
+    }
+
+    #[inline(always)]
+    fn load_int2(self, from: &[u8; LANES / 4]) -> Self::V {
+        self.load_int8(&std::array::from_fn(|i| from[i / 4] >> (i % 4 * 2) & 3))
+    }
+
+    #[inline(always)]
+    fn store_fp16(self, to: &mut [u16; LANES], v: Self::V) {
+        each!(|I| {
+            let halves: uint16x4_t;
+            asm!("fcvtn {to:v}.4h, {from:v}.4s", to = out(vreg) halves, from = in(vreg) v[I],
+                options(pure, nomem, nostack, preserves_flags));
+            vst1_u16(to[I * QUARTER..].as_mut_ptr(), halves);
+        });
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [u16; LANES], v: Self::V) {
+        each!(|I| {
+            let bits = vreinterpretq_u32_f32(v[I]);
+            let upper = vshrq_n_u32::<16>(bits);
+            let odd = vandq_u32(upper, vdupq_n_u32(1));
+            let rounded = vshrq_n_u32::<16>(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF))));
+            let quiet = vorrq_u32(upper, vdupq_n_u32(0x40));
+            let halves = vmovn_u32(vbslq_u32(vceqq_f32(v[I], v[I]), rounded, quiet));
+            vst1_u16(to[I * QUARTER..].as_mut_ptr(), halves);
+        });
+    }
+
+    #[inline(always)]
+    fn store_int8(self, to: &mut [u8; LANES], v: Self::V) {
+        let words: [uint16x4_t; REGISTERS] = each!(|I| vmovn_u32(vcvtq_u32_f32(v[I])));
+        // SAFETY: as in `each`.
+        unsafe {
+            let low = vmovn_u16(vcombine_u16(words[0], words[1]));
+            let high = vmovn_u16(vcombine_u16(words[2], words[3]));
+            vst1q_u8(to.as_mut_ptr(), vcombine_u8(low, high));
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
         // SAFETY: a prefetch reads and writes nothing that the program sees, at any address.
         unsafe {
             asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly))

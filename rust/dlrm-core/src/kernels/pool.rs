@@ -15,8 +15,8 @@ use super::sum::{Terms, sum};
 use super::{Kernel, LANES, Simd};
 use crate::bags::{Bags, Id};
 use crate::disjoint::Disjoint;
-use crate::lookup::Pooling;
-use crate::rows::Rows;
+use crate::lookup::{Outputs, Pooling};
+use crate::rows::{Bf16, Fp16, Rows, pack};
 use crate::table_set::Slot;
 
 /// Rows that are prefetched ahead of the one that is read.
@@ -35,7 +35,7 @@ pub(crate) struct Pool<'a, R, I> {
     pub(crate) first: usize,
     pub(crate) units: Range<usize>,
     pub(crate) slot: Slot,
-    pub(crate) out: &'a Disjoint<'a, f32>,
+    pub(crate) out: &'a Outputs<'a>,
     pub(crate) argmax: Option<&'a Disjoint<'a, f32>>,
 }
 
@@ -48,8 +48,12 @@ impl<R: Rows, I: Id> Kernel for Pool<'_, R, I> {
         for &id in &self.ids[ids.start..ids.end.min(ids.start + AHEAD)] {
             self.rows.prefetch(simd, id.row());
         }
+        let mut scratch = self.scratch();
         for unit in self.units.clone() {
-            let out = self.output(unit);
+            let out = match self.out {
+                Outputs::Fp32(out) => self.output(out, unit),
+                _ => &mut scratch[..],
+            };
             match (self.pooling, self.bags.weights) {
                 (Pooling::None, _) => {
                     let position = self.first + unit;
@@ -59,6 +63,11 @@ impl<R: Rows, I: Id> Kernel for Pool<'_, R, I> {
                 (Pooling::Max, _) => self.max(simd, unit, ids.end, out),
                 (_, None) => self.sum::<S, false>(simd, unit, ids.end, out),
                 (_, Some(_)) => self.sum::<S, true>(simd, unit, ids.end, out),
+            }
+            match self.out {
+                Outputs::Fp32(_) => {}
+                Outputs::Fp16(out) => pack(simd, Fp16, &scratch, self.output(out, unit)),
+                Outputs::Bf16(out) => pack(simd, Bf16, &scratch, self.output(out, unit)),
             }
         }
     }
@@ -75,13 +84,20 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
         self.bags.bounds(self.first + self.units.start).start..self.bags.bounds(last).end
     }
 
+    /// Room for a row that is yet to be rounded to the output's precision.
+    #[inline(always)]
+    fn scratch(&self) -> Vec<f32> {
+        let len = if matches!(self.out, Outputs::Fp32(_)) { 0 } else { self.rows.dim() };
+        vec![0.0; len]
+    }
+
     #[inline(always)]
     #[expect(clippy::mut_from_ref, unsafe_code, reason = "units are disjoint")]
-    fn output(&self, unit: usize) -> &mut [f32] {
+    fn output<'b, T>(&self, out: &'b Disjoint<'_, T>, unit: usize) -> &'b mut [T] {
         let at = self.slot.at(unit);
         // SAFETY: output rows of different units do not overlap, every unit is in one piece, and this piece's rows are
         // taken one at a time.
-        unsafe { self.out.piece(at..at + self.rows.dim()) }
+        unsafe { out.piece(at..at + self.rows.dim()) }
     }
 
     #[inline(always)]
@@ -141,11 +157,7 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
     #[inline(always)]
     fn store_places<S: Simd>(&self, simd: S, unit: usize, at: usize, places: S::V) {
         if let Some(argmax) = self.argmax {
-            let start = self.slot.at(unit);
-            #[expect(unsafe_code, reason = "units are disjoint")]
-            // SAFETY: as in `output`.
-            let argmax = unsafe { argmax.piece(start..start + self.rows.dim()) };
-            simd.store_at(argmax, at, places);
+            simd.store_at(self.output(argmax, unit), at, places);
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Any CPU: one lane after another. This is the specification of every other level.
 
+use half::{bf16, f16};
+
 use super::{LANES, Lanes, Simd};
 
 #[derive(Clone, Copy)]
@@ -71,5 +73,50 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn prefetch(self, _at: *const f32) {}
+    fn round(self, a: Lanes) -> Lanes {
+        lanes(|i| a[i].round_ties_even())
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _at: *const u8) {}
+
+    #[inline(always)]
+    fn load_fp16(self, from: &[u16; LANES]) -> Lanes {
+        from.map(|x| f16::from_bits(x).to_f32())
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Lanes {
+        from.map(|x| bf16::from_bits(x).to_f32())
+    }
+
+    #[inline(always)]
+    fn load_int8(self, from: &[u8; LANES]) -> Lanes {
+        from.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn load_int4(self, from: &[u8; LANES / 2], codebook: &Lanes) -> Lanes {
+        lanes(|i| codebook[usize::from(from[i / 2] >> (i % 2 * 4) & 15)])
+    }
+
+    #[inline(always)]
+    fn load_int2(self, from: &[u8; LANES / 4]) -> Lanes {
+        lanes(|i| f32::from(from[i / 4] >> (i % 4 * 2) & 3))
+    }
+
+    #[inline(always)]
+    fn store_fp16(self, to: &mut [u16; LANES], v: Lanes) {
+        *to = v.map(|x| f16::from_f32(x).to_bits());
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [u16; LANES], v: Lanes) {
+        *to = v.map(|x| bf16::from_f32(x).to_bits());
+    }
+
+    #[inline(always)]
+    fn store_int8(self, to: &mut [u8; LANES], v: Lanes) {
+        *to = v.map(|x| x as u8);
+    }
 }

@@ -17,6 +17,7 @@ pub(crate) trait Kernel {
 }
 
 /// The operations of one level; a value of the type is the proof that the CPU has it.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what is loaded is in memory, however small")]
 pub(crate) trait Simd: Copy {
     /// [`LANES`] floats in registers.
     type V: Copy;
@@ -33,6 +34,8 @@ pub(crate) trait Simd: Copy {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     fn sqrt(self, a: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even; `a` is below 2^22 in size.
+    fn round(self, a: Self::V) -> Self::V;
     /// `a > b`; false where either is NaN.
     fn greater(self, a: Self::V, b: Self::V) -> Self::M;
     /// Where `a` and `b` have the same bits.
@@ -40,7 +43,71 @@ pub(crate) trait Simd: Copy {
     /// `a` where `m`, else `b`.
     fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V;
     /// Starts to bring the cache line at `at` near; `at` may be any address.
-    fn prefetch(self, at: *const f32);
+    fn prefetch(self, at: *const u8);
+
+    /// Half precision.
+    fn load_fp16(self, from: &[u16; LANES]) -> Self::V;
+    /// The upper halves of single precision.
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
+    /// Codes of 8 bits, as numbers.
+    fn load_int8(self, from: &[u8; LANES]) -> Self::V;
+    /// `codebook[code]` of codes of 4 bits, the low ones of a byte first.
+    fn load_int4(self, from: &[u8; LANES / 2], codebook: &Lanes) -> Self::V;
+    /// Codes of 2 bits, the low ones of a byte first, as numbers.
+    fn load_int2(self, from: &[u8; LANES / 4]) -> Self::V;
+    /// As half precision, to the nearest, ties to even; too large a number becomes infinite.
+    fn store_fp16(self, to: &mut [u16; LANES], v: Self::V);
+    /// As bfloat16, likewise.
+    fn store_bf16(self, to: &mut [u16; LANES], v: Self::V);
+    /// As 8 bits each; every lane is an integer from 0 to 255.
+    fn store_int8(self, to: &mut [u8; LANES], v: Self::V);
+
+    /// As 4 bits each, the first in the low ones; every lane is an integer from 0 to 15.
+    #[inline(always)]
+    fn store_int4(self, to: &mut [u8; LANES / 2], v: Self::V) {
+        let mut bytes = [0; LANES];
+        self.store_int8(&mut bytes, v);
+        let (halves, _) = bytes.as_chunks();
+        for i in 0..2 {
+            // Bits meet their neighbours' in three steps: 8 numbers of 4 bits, 4 of 8, 2 of 16.
+            let mut x = u64::from_le_bytes(halves[i]);
+            x = (x | x >> 4) & 0x00FF_00FF_00FF_00FF;
+            x = (x | x >> 8) & 0x0000_FFFF_0000_FFFF;
+            to[4 * i..4 * i + 4].copy_from_slice(&((x | x >> 16) as u32).to_le_bytes());
+        }
+    }
+
+    /// As 2 bits each, the first in the lowest; every lane is an integer from 0 to 3.
+    #[inline(always)]
+    fn store_int2(self, to: &mut [u8; LANES / 4], v: Self::V) {
+        let mut bytes = [0; LANES];
+        self.store_int8(&mut bytes, v);
+        let (fours, _) = bytes.as_chunks();
+        for i in 0..4 {
+            let x = u32::from_le_bytes(fours[i]);
+            to[i] = (x | x >> 6 | x >> 12 | x >> 18) as u8;
+        }
+    }
+
+    /// `a` where it is greater, else `b`.
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        self.select(self.greater(a, b), a, b)
+    }
+
+    /// `a` where it is less, else `b`.
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        self.select(self.greater(b, a), a, b)
+    }
+
+    /// The first `n` lanes, the others zero.
+    #[inline(always)]
+    fn first(self, v: Self::V, n: usize) -> Self::V {
+        let mut lanes = self.lanes(v);
+        lanes[n..].fill(0.0);
+        self.load(&lanes)
+    }
 
     /// The first `from.len() < LANES` lanes, the others zero.
     #[inline(always)]
@@ -53,8 +120,7 @@ pub(crate) trait Simd: Copy {
     /// The first `to.len() < LANES` lanes.
     #[inline(always)]
     fn store_partial(self, to: &mut [f32], v: Self::V) {
-        let mut lanes = [0.0; LANES];
-        self.store(&mut lanes, v);
+        let lanes = self.lanes(v);
         to.copy_from_slice(&lanes[..to.len()]);
     }
 
@@ -78,28 +144,75 @@ pub(crate) trait Simd: Copy {
         }
     }
 
+    /// `of[k]` for each lane, `k` being how many of `middles`, which ascend, are below it.
+    #[inline(always)]
+    fn choose(self, v: Self::V, middles: &[f32; LANES - 1], of: &Lanes) -> Self::V {
+        let mut chosen = self.splat(of[0]);
+        for k in 0..LANES - 1 {
+            let beyond = self.greater(v, self.splat(middles[k]));
+            chosen = self.select(beyond, self.splat(of[k + 1]), chosen);
+        }
+        chosen
+    }
+
     /// The sum of all lanes, halves added onto halves: the same order at every level.
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
-        let mut lanes = [0.0; LANES];
-        self.store(&mut lanes, v);
-        let mut half = LANES / 2;
-        while half > 0 {
-            for i in 0..half {
-                lanes[i] += lanes[i + half];
-            }
-            half /= 2;
-        }
-        lanes[0]
+        self.sums([v; 4])[0]
     }
 
-    /// Starts to bring `len` floats at `at` near.
+    /// [`Simd::sum`] of each.
     #[inline(always)]
-    fn prefetch_row(self, at: *const f32, len: usize) {
+    fn sums(self, vectors: [Self::V; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        for i in 0..4 {
+            sums[i] = halved(self.lanes(vectors[i]), |a, b| a + b);
+        }
+        sums
+    }
+
+    /// The lowest lane; none is NaN.
+    #[inline(always)]
+    fn lowest(self, v: Self::V) -> f32 {
+        halved(self.lanes(v), |a, b| if b < a { b } else { a })
+    }
+
+    /// The highest lane; none is NaN.
+    #[inline(always)]
+    fn highest(self, v: Self::V) -> f32 {
+        halved(self.lanes(v), |a, b| if b > a { b } else { a })
+    }
+
+    /// In memory.
+    #[inline(always)]
+    fn lanes(self, v: Self::V) -> Lanes {
+        let mut lanes = [0.0; LANES];
+        self.store(&mut lanes, v);
+        lanes
+    }
+
+    /// Starts to bring the `bytes` at `at` near.
+    #[inline(always)]
+    fn prefetch_bytes(self, at: *const u8, bytes: usize) {
+        const LINE: usize = 64;
+        let skipped = at.addr() % LINE;
         let mut i = 0;
-        while i < len {
-            self.prefetch(at.wrapping_add(i));
-            i += LANES; // a cache line holds 16 floats
+        while i < skipped + bytes {
+            self.prefetch(at.wrapping_sub(skipped).wrapping_add(i));
+            i += LINE;
         }
     }
+}
+
+/// All lanes in one, halves onto halves.
+#[inline(always)]
+fn halved(mut lanes: Lanes, onto: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = onto(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
 }

@@ -121,11 +121,17 @@ impl<R: Rule> Touched<'_, R> {
             let Target { weights, state, dim, state_len, rows } = self.target;
             if rows.is_none() {
                 let row = self.run.row(k);
-                simd.prefetch_row(weights.address(row.wrapping_mul(*dim)), *dim);
-                simd.prefetch_row(state.address(row.wrapping_mul(*state_len)), *state_len);
+                simd.prefetch_bytes(weights.address(row.wrapping_mul(*dim)).cast(), dim * size_of::<f32>());
+                simd.prefetch_bytes(
+                    state.address(row.wrapping_mul(*state_len)).cast(),
+                    state_len * size_of::<f32>(),
+                );
             }
             let start = self.sources.starts[self.run.place(k)];
-            simd.prefetch_row(self.sources.grad.as_ptr().wrapping_add(start), *dim);
+            simd.prefetch_bytes(
+                self.sources.grad.as_ptr().wrapping_add(start).cast(),
+                dim * size_of::<f32>(),
+            );
         }
     }
 }

@@ -1,0 +1,333 @@
+//! A table's rows brought into another row format.
+
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+use crate::codebook;
+use crate::disjoint::Disjoint;
+use crate::kernels::compare::Compare;
+use crate::kernels::decode::Decode;
+use crate::kernels::encode::{Codes, Encode, Search};
+use crate::kernels::{LANES, Lanes};
+use crate::memory::{check_available, zeros};
+use crate::rows::with_rows;
+use crate::scales::ScaleFormat;
+use crate::table_rows::{RowsMut, RowsRef, TableRows};
+use crate::{Context, Error, Level, Result, RowFormat, TableSpec, named, threads};
+
+/// How the scale and the bias of a row are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// Codes reach from the smallest element to the largest.
+    MinMax,
+    /// The sum of the squares of the errors is brought down, from several starts.
+    LeastSquares,
+    /// The same, for 4 bits, with a codebook of the table's own in place of evenly spaced codes.
+    Codebook,
+}
+
+impl Method {
+    /// Every method.
+    pub const ALL: [Self; 3] = [Self::MinMax, Self::LeastSquares, Self::Codebook];
+
+    /// Its name in Python and in messages.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MinMax => "minmax",
+            Self::LeastSquares => "lsq",
+            Self::Codebook => "codebook",
+        }
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Method {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        named::find("method", Self::ALL, Self::name, name)
+    }
+}
+
+/// How rows are to be stored.
+#[derive(Clone, Copy, Debug)]
+pub struct Encoding {
+    /// The row format.
+    pub format: RowFormat,
+    /// How scale and bias are found, when the format is quantized.
+    pub method: Method,
+    /// How they are stored; `None` for fp16, or bf16 where fp16 does not hold those of every row with its usual
+    /// precision.
+    pub scales: Option<ScaleFormat>,
+    /// Whether a NaN or an infinity is taken for zero, rather than refused.
+    pub zero_not_finite: bool,
+}
+
+impl Encoding {
+    fn check(self) -> Result<()> {
+        let Self { format, method, .. } = self;
+        let fits = match method {
+            Method::MinMax => true,
+            Method::LeastSquares => format.is_quantized(),
+            Method::Codebook => format == RowFormat::Int4,
+        };
+        if fits {
+            return Ok(());
+        }
+        let expected = match method {
+            Method::Codebook => "int4 rows with 'codebook'".to_owned(),
+            _ => format!("int8, int4 or int2 rows with '{method}'"),
+        };
+        Err(Error::argument("method", expected, format_args!("{format} rows")))
+    }
+}
+
+/// Rows in their new format, and what they lost.
+pub struct Encoded {
+    /// The rows.
+    pub rows: TableRows,
+    /// The relative L2 error of every row, `(N,)`: the norm of the difference by the norm of the row; 0 where nothing
+    /// differs.
+    pub errors: Vec<f32>,
+    /// The largest absolute error of an element.
+    pub largest_error: f32,
+}
+
+impl TableRows {
+    /// The rows of `source`, `(N, D)`, of the table that `spec` describes, stored as `encoding` says.
+    ///
+    /// A NaN or an infinity is an error that names table and row, unless the encoding takes it for zero; so is a number
+    /// that the format does not hold.
+    pub fn encode(source: &[f32], spec: &TableSpec, encoding: Encoding, ctx: &Context) -> Result<Encoded> {
+        let expected = spec.rows as u128 * spec.dim as u128;
+        if source.len() as u128 != expected {
+            let argument = format!("rows of table '{}'", spec.name);
+            return Err(Error::argument(argument, format_args!("{expected} elements"), source.len()));
+        }
+        encode(RowsRef::fp32(source, spec.dim), spec, encoding, ctx)
+    }
+}
+
+/// The same, from rows of any format.
+pub(crate) fn encode(
+    source: RowsRef,
+    spec: &TableSpec,
+    encoding: Encoding,
+    ctx: &Context,
+) -> Result<Encoded> {
+    encoding.check()?;
+    check_available(spec.rows as u128 * encoding.format.row_bytes(spec.dim) as u128, &spec.to_string())?;
+    let search = Search {
+        least_squares: encoding.method != Method::MinMax,
+        codes: match encoding.method {
+            Method::Codebook => {
+                Codes::Codebook(codebook::train(source, spec.rows, encoding.zero_not_finite, ctx))
+            }
+            _ => Codes::Uniform,
+        },
+    };
+    let attempt = |scales, precise| {
+        let call = Call { source, spec, search, precise, zero: encoding.zero_not_finite };
+        call.run(encoding.format, scales, ctx)
+    };
+    match encoding.scales {
+        None if encoding.format.is_quantized() => match attempt(ScaleFormat::Fp16, true) {
+            Err(Failure::NotHeld(_)) => attempt(ScaleFormat::Bf16, false),
+            other => other,
+        },
+        scales => attempt(scales.unwrap_or(ScaleFormat::Fp16), false),
+    }
+    .map_err(|failure| failure.describe(source, spec, encoding))
+}
+
+/// Why rows could not be encoded.
+enum Failure {
+    /// The row has a NaN or an infinity.
+    NotFinite(usize),
+    /// The row needs numbers that the format does not hold.
+    NotHeld(usize),
+    Other(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl Failure {
+    fn describe(self, source: RowsRef, spec: &TableSpec, encoding: Encoding) -> Error {
+        let refused = |row: usize, expected: String, is_bad: &dyn Fn(f32) -> bool| {
+            let mut elements = vec![0.0; spec.dim];
+            with_rows!(source, |rows| Context::default().level.run(Decode {
+                rows,
+                first: row,
+                into: &mut elements
+            }));
+            let bad = elements.iter().copied().find(|&x| is_bad(x));
+            let got = bad.map_or_else(|| "others".to_owned(), |x| format!("{x:e}"));
+            Error::argument(format!("row {row} of table '{}'", spec.name), expected, got)
+        };
+        let format = encoding.format;
+        match self {
+            Self::Other(error) => error,
+            Self::NotFinite(row) => refused(row, "finite numbers".to_owned(), &|x| !x.is_finite()),
+            Self::NotHeld(row) if format.is_quantized() => {
+                let scales = encoding.scales.unwrap_or(ScaleFormat::Bf16);
+                let expected = format!("elements whose scale and bias {scales} holds");
+                refused(row, expected, &|x| x.abs() > f32::from(half::f16::MAX))
+            }
+            Self::NotHeld(row) => {
+                let largest = if format == RowFormat::Fp16 {
+                    f32::from(half::f16::MAX)
+                } else {
+                    f32::from(half::bf16::MAX)
+                };
+                let expected = format!("numbers of at most {largest:e} in size, which {format} holds");
+                refused(row, expected, &|x| x.abs() > largest)
+            }
+        }
+    }
+}
+
+/// Rows to be encoded, and how.
+struct Call<'a> {
+    source: RowsRef<'a>,
+    spec: &'a TableSpec,
+    search: Search,
+    /// See [`Encode::precise`].
+    precise: bool,
+    /// Whether what is not finite is taken for zero.
+    zero: bool,
+}
+
+impl Call<'_> {
+    /// One pass over all rows.
+    fn run(
+        &self,
+        format: RowFormat,
+        scales: ScaleFormat,
+        ctx: &Context,
+    ) -> std::result::Result<Encoded, Failure> {
+        let TableSpec { rows, dim, .. } = *self.spec;
+        let mut made = TableRows::mapped((rows, dim), format, scales, &self.spec.to_string())?;
+        if let Codes::Codebook(codebook) = self.search.codes {
+            made.codebook = codebook.numbers;
+        }
+        let mut errors: Vec<f32> = zeros(rows, "the errors of rows")?;
+        let pass = Pass {
+            call: self,
+            level: ctx.level,
+            pair_bytes: made.pair_bytes(),
+            format,
+            scale_format: scales,
+            codebook: made.codebook,
+            elements: Disjoint::new(made.elements.as_mut_slice()),
+            scales: Disjoint::new(made.scales.as_mut_slice()),
+            errors: Disjoint::new(&mut errors),
+            largest_error: AtomicU32::new(0),
+            not_finite: AtomicUsize::new(usize::MAX),
+            not_held: AtomicUsize::new(usize::MAX),
+        };
+        let block = (BLOCK / size_of::<f32>() / dim).max(1);
+        let part = block * BLOCKS;
+        let lines = (rows * dim).div_ceil(LANES);
+        threads::for_each(ctx, rows.div_ceil(part), lines, |i| {
+            pass.rows(i * part..rows.min((i + 1) * part), block);
+        })?;
+        let largest_error = pass.finish()?;
+        Ok(Encoded { rows: made, errors, largest_error })
+    }
+}
+
+/// Bytes of fp32 that are encoded and compared while they are in the nearest cache.
+const BLOCK: usize = 16 << 10;
+
+/// Blocks that a thread takes at once.
+const BLOCKS: usize = 16;
+
+/// A pass that threads share, each with rows of its own.
+struct Pass<'a> {
+    call: &'a Call<'a>,
+    level: Level,
+    format: RowFormat,
+    scale_format: ScaleFormat,
+    pair_bytes: usize,
+    codebook: Lanes,
+    elements: Disjoint<'a, u8>,
+    scales: Disjoint<'a, u8>,
+    errors: Disjoint<'a, f32>,
+    /// Its bits, which are in the order of the numbers since these are not negative.
+    largest_error: AtomicU32,
+    /// The lowest row of each kind of failure.
+    not_finite: AtomicUsize,
+    not_held: AtomicUsize,
+}
+
+impl Pass<'_> {
+    /// Encodes and compares some rows, `block` at a time.
+    fn rows(&self, rows: Range<usize>, block: usize) {
+        let mut scratch = Vec::new();
+        for first in rows.clone().step_by(block) {
+            let block = first..rows.end.min(first + block);
+            let source = self.source(block.clone(), &mut scratch);
+            self.block(block, source);
+        }
+    }
+
+    /// Rows as fp32, in `scratch` unless they are so already.
+    fn source<'a>(&'a self, rows: Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        let Call { source, zero, .. } = *self.call;
+        let elements = rows.start * source.dim..rows.end * source.dim;
+        if source.format == RowFormat::Fp32 && !zero {
+            return &bytemuck::cast_slice(source.elements)[elements];
+        }
+        scratch.resize(elements.len(), 0.0);
+        with_rows!(source, |of| self.level.run(Decode { rows: of, first: rows.start, into: scratch }));
+        for x in scratch.iter_mut().filter(|x| zero && !x.is_finite()) {
+            *x = 0.0;
+        }
+        scratch
+    }
+
+    fn block(&self, rows: Range<usize>, source: &[f32]) {
+        let (format, dim) = (self.format, self.call.source.dim);
+        let bytes_of = |row_bytes: usize| rows.start * row_bytes..rows.end * row_bytes;
+        #[expect(unsafe_code, reason = "rows are disjoint")]
+        // SAFETY: parts are of different rows, each part comes once, and its blocks one after another.
+        let (elements, scales, errors) = unsafe {
+            (
+                self.elements.piece(bytes_of(format.row_bytes(dim))),
+                self.scales.piece(bytes_of(self.pair_bytes)),
+                self.errors.piece(rows.clone()),
+            )
+        };
+        let (scale_format, codebook) = (self.scale_format, &self.codebook);
+        let into = RowsMut { format, dim, elements, scales, scale_format };
+        let Call { search, precise, .. } = *self.call;
+        let refused = self.level.run(Encode { source, into, search, precise });
+        for (row, lowest) in [(refused.not_finite, &self.not_finite), (refused.not_held, &self.not_held)] {
+            lowest.fetch_min(row.map_or(usize::MAX, |row| rows.start + row), Ordering::Relaxed);
+        }
+        let made = RowsRef { format, dim, elements, scales, scale_format, codebook };
+        let largest = with_rows!(made, |rows| self.level.run(Compare { source, rows, errors }));
+        self.largest_error.fetch_max(largest.to_bits(), Ordering::Relaxed);
+    }
+
+    /// The largest error, if there was no failure.
+    fn finish(self) -> std::result::Result<f32, Failure> {
+        match (self.not_finite.into_inner(), self.not_held.into_inner()) {
+            (usize::MAX, usize::MAX) => Ok(f32::from_bits(self.largest_error.into_inner())),
+            (usize::MAX, row) => Err(Failure::NotHeld(row)),
+            (row, _) => Err(Failure::NotFinite(row)),
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The scale and the bias of every row of a quantized table: how they are stored, and how they are read.
+//!
+//! They lie beside the rows and not in them: a row of 64 int8 elements then is one cache line, and 16 or 8 rows share a
+//! line of scales (`benches/record` has the measurement).
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::{Error, Result, named};
+use bytemuck::{cast_slice, cast_slice_mut};
+
+/// How a scale or a bias is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleFormat {
+    /// 4 bytes. What torch's and FBGEMM's fused 8-bit rows have.
+    Fp32,
+    /// 2 bytes. What their 4-bit and 2-bit rows have, and FBGEMM's rows for inference.
+    Fp16,
+    /// 2 bytes, for rows of any magnitude.
+    Bf16,
+}
+
+impl ScaleFormat {
+    /// Every format.
+    pub const ALL: [Self; 3] = [Self::Fp32, Self::Fp16, Self::Bf16];
+
+    /// Its name in Python and in messages.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fp32 => "fp32",
+            Self::Fp16 => "fp16",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// Bytes of a row's scale and bias.
+    #[must_use]
+    pub const fn pair_bytes(self) -> usize {
+        match self {
+            Self::Fp32 => 8,
+            Self::Fp16 | Self::Bf16 => 4,
+        }
+    }
+
+    /// The nearest number that is stored, ties to even, of one that is not NaN.
+    #[inline(always)]
+    pub(crate) fn round(self, x: f32) -> f32 {
+        match self {
+            Self::Fp32 => x,
+            Self::Fp16 => nearest_fp16(x),
+            Self::Bf16 => round_bits(x, 16),
+        }
+    }
+}
+
+/// Without the lowest `bits` of its fraction, to the nearest, ties to even.
+#[inline(always)]
+fn round_bits(x: f32, bits: u32) -> f32 {
+    let odd = x.to_bits() >> bits & 1;
+    let rounded = x.to_bits() + ((1 << (bits - 1)) - 1 + odd);
+    f32::from_bits(rounded >> bits << bits)
+}
+
+/// The nearest number of half precision.
+#[inline(always)]
+fn nearest_fp16(x: f32) -> f32 {
+    /// The smallest that is not denormal; below, all are multiples of one step, which is the last place of numbers
+    /// from 0.5 to 1.
+    const NORMAL: f32 = f32::from_bits((127 - 14) << 23);
+    const BEYOND: f32 = 65536.0;
+    if x.abs() < NORMAL {
+        return ((x + 0.75) - 0.75).copysign(x);
+    }
+    let rounded = round_bits(x, 13);
+    if rounded.abs() < BEYOND { rounded } else { f32::INFINITY.copysign(x) }
+}
+
+impl fmt::Display for ScaleFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for ScaleFormat {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        named::find("scale format", Self::ALL, Self::name, name)
+    }
+}
+
+/// Scale and bias of some rows, to be read.
+#[derive(Clone, Copy)]
+pub(crate) enum Scales<'a> {
+    Fp32(&'a [[f32; 2]]),
+    Fp16(&'a [[u16; 2]]),
+    Bf16(&'a [[u16; 2]]),
+}
+
+impl<'a> Scales<'a> {
+    /// Those that `bytes` are.
+    pub(crate) fn new(format: ScaleFormat, bytes: &'a [u8]) -> Self {
+        match format {
+            ScaleFormat::Fp32 => Self::Fp32(cast_slice(bytes)),
+            ScaleFormat::Fp16 => Self::Fp16(cast_slice(bytes)),
+            ScaleFormat::Bf16 => Self::Bf16(cast_slice(bytes)),
+        }
+    }
+
+    /// Scale and bias of a row.
+    #[inline(always)]
+    pub(crate) fn get(self, row: usize) -> [f32; 2] {
+        match self {
+            Self::Fp32(pairs) => pairs[row],
+            Self::Fp16(pairs) => pairs[row].map(finite_fp16),
+            Self::Bf16(pairs) => pairs[row].map(|x| f32::from_bits(u32::from(x) << 16)),
+        }
+    }
+
+    /// Where a row's are, for prefetching only.
+    #[inline(always)]
+    pub(crate) fn address(self, row: usize) -> *const u8 {
+        match self {
+            Self::Fp32(pairs) => pairs.as_ptr().wrapping_add(row).cast(),
+            Self::Fp16(pairs) | Self::Bf16(pairs) => pairs.as_ptr().wrapping_add(row).cast(),
+        }
+    }
+}
+
+/// A number of half precision that is neither infinite nor NaN, as no scale is.
+///
+/// Its exponent is too large by 127 - 15 where the bits are read as single precision's; a multiplication mends that
+/// for denormal numbers too.
+#[inline(always)]
+fn finite_fp16(x: u16) -> f32 {
+    const MEND: f32 = f32::from_bits((127 + 127 - 15) << 23);
+    let magnitude = f32::from_bits((u32::from(x) & 0x7FFF) << 13) * MEND;
+    f32::from_bits(magnitude.to_bits() | (u32::from(x) & 0x8000) << 16)
+}
+
+/// The bits of a finite number of half precision.
+#[inline(always)]
+fn fp16_bits(x: f32) -> u16 {
+    const MEND: f32 = f32::from_bits((127 + 15 - 127) << 23);
+    let magnitude = (x.abs() * MEND).to_bits() >> 13;
+    (magnitude | x.to_bits() >> 16 & 0x8000) as u16
+}
+
+/// Stores scale and bias of row `row`; both are finite numbers that the format has.
+#[inline(always)]
+pub(crate) fn store(format: ScaleFormat, bytes: &mut [u8], row: usize, pair: [f32; 2]) {
+    match format {
+        ScaleFormat::Fp32 => cast_slice_mut(bytes)[row] = pair,
+        ScaleFormat::Fp16 => cast_slice_mut(bytes)[row] = pair.map(fp16_bits),
+        ScaleFormat::Bf16 => cast_slice_mut(bytes)[row] = pair.map(|x| (x.to_bits() >> 16) as u16),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+
+    #[test]
+    fn numbers_are_rounded_as_the_standard_says() {
+        for bits in
+            (0..=u32::MAX).step_by(997).chain((0..=u16::MAX).map(|x| u32::from(x) << 13 | 0x3880_0000))
+        {
+            let x = f32::from_bits(bits);
+            if !x.is_nan() {
+                let [fp16, bf16] = [f16::from_f32(x).to_f32(), bf16::from_f32(x).to_f32()];
+                assert_eq!(ScaleFormat::Fp16.round(x).to_bits(), fp16.to_bits(), "{x:e}");
+                assert_eq!(ScaleFormat::Bf16.round(x).to_bits(), bf16.to_bits(), "{x:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_finite_fp16_is_read_and_stored_as_it_is() {
+        for bits in 0..=u16::MAX {
+            let expected = f16::from_bits(bits);
+            if expected.is_finite() {
+                assert_eq!(finite_fp16(bits).to_bits(), expected.to_f32().to_bits(), "{expected}");
+                assert_eq!(fp16_bits(expected.to_f32()), bits, "{expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_stored_is_read() {
+        for format in ScaleFormat::ALL {
+            let pairs = [[1.5, -2.0], [0.0, 3.25], [2.0_f32.powi(-14), 1024.0]];
+            let mut bytes = vec![0_u32; 3 * format.pair_bytes() / 4];
+            let bytes = cast_slice_mut(&mut bytes);
+            for (row, &pair) in pairs.iter().enumerate() {
+                store(format, bytes, row, pair);
+            }
+            for (row, &pair) in pairs.iter().enumerate() {
+                assert_eq!(Scales::new(format, bytes).get(row).map(f32::to_bits), pair.map(f32::to_bits));
+            }
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! The rows of one table in memory, in one row format.
+
+use crate::encode::{Encoding, Method};
+use crate::kernels::{LANES, Lanes};
+use crate::memory::{Keeper, Memory};
+use crate::rows::{HalfRows, Packing, QuantizedRows};
+use crate::scales::{ScaleFormat, Scales};
+use crate::{Context, Result, RowFormat};
+
+/// The codebook in which a code of 4 bits means its own number.
+pub(crate) const UNIFORM: Lanes = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+
+/// The rows of a table, `(N, D)`.
+///
+/// A table set has one for each table; [`TableRows::encode`](crate::TableRows::encode) makes another of it, and
+/// [`TableSet::swap_rows`](crate::TableSet::swap_rows) puts it in its place.
+pub struct TableRows {
+    pub(crate) rows: usize,
+    pub(crate) dim: usize,
+    pub(crate) format: RowFormat,
+    /// `row_bytes` bytes for each row.
+    pub(crate) elements: Memory,
+    /// Scale and bias for each row; empty when the format is not quantized.
+    pub(crate) scales: Memory,
+    pub(crate) scale_format: ScaleFormat,
+    /// What codes of 4 bits mean.
+    pub(crate) codebook: Lanes,
+}
+
+impl TableRows {
+    /// Rows of zeros for `what`, touched by the threads of `ctx`; `scales` is how a quantized format keeps scale and bias.
+    pub(crate) fn zeroed(
+        shape: (usize, usize),
+        format: RowFormat,
+        scales: ScaleFormat,
+        what: &str,
+        ctx: &Context,
+    ) -> Result<Self> {
+        let mut rows = Self::mapped(shape, format, scales, what)?;
+        rows.elements.touch(ctx)?;
+        rows.scales.touch(ctx)?;
+        Ok(rows)
+    }
+
+    /// The same, untouched, for what will write all of it.
+    pub(crate) fn mapped(
+        (rows, dim): (usize, usize),
+        format: RowFormat,
+        scales: ScaleFormat,
+        what: &str,
+    ) -> Result<Self> {
+        Ok(Self {
+            rows,
+            dim,
+            format,
+            elements: Memory::mapped(rows, format.row_bytes(dim), what)?,
+            scales: Memory::mapped(rows, pair_bytes(format, scales), what)?,
+            scale_format: scales,
+            codebook: UNIFORM,
+        })
+    }
+
+    /// How a row is stored.
+    #[must_use]
+    pub fn format(&self) -> RowFormat {
+        self.format
+    }
+
+    /// How scales and biases are stored; of no meaning when the format is not quantized.
+    #[must_use]
+    pub fn scale_format(&self) -> ScaleFormat {
+        self.scale_format
+    }
+
+    /// What the codes of int4 rows mean.
+    #[must_use]
+    pub fn codebook(&self) -> &[f32; LANES] {
+        &self.codebook
+    }
+
+    /// Whether the codes of int4 rows mean other numbers than their own.
+    #[must_use]
+    pub fn has_codebook(&self) -> bool {
+        self.codebook != UNIFORM
+    }
+
+    /// The elements, `(N, RowFormat::row_bytes(D))` bytes, and what keeps them in memory for whoever keeps the address.
+    #[must_use]
+    pub fn elements(&self) -> (&[u8], Keeper) {
+        (self.elements.as_slice(), self.elements.keeper())
+    }
+
+    /// Scale and bias of every row, `(N, 2)` in [`TableRows::scale_format`], likewise.
+    #[must_use]
+    pub fn scales(&self) -> (&[u8], Keeper) {
+        (self.scales.as_slice(), self.scales.keeper())
+    }
+
+    /// How fp32 rows become rows like these.
+    pub(crate) fn encoding(&self) -> Encoding {
+        Encoding {
+            format: self.format,
+            method: Method::MinMax,
+            scales: Some(self.scale_format),
+            zero_not_finite: false,
+        }
+    }
+
+    /// Copies rows of the same dim, format, scale format and codebook over those from `first` on.
+    pub(crate) fn overwrite(&mut self, first: usize, rows: &Self) {
+        let row_bytes = self.format.row_bytes(self.dim);
+        let pair_bytes = self.pair_bytes();
+        let into = |bytes: usize| first * bytes..(first + rows.rows) * bytes;
+        self.elements.as_mut_slice::<u8>()[into(row_bytes)].copy_from_slice(rows.elements.as_slice());
+        self.scales.as_mut_slice::<u8>()[into(pair_bytes)].copy_from_slice(rows.scales.as_slice());
+    }
+
+    /// Bytes of a row's scale and bias.
+    pub(crate) fn pair_bytes(&self) -> usize {
+        pair_bytes(self.format, self.scale_format)
+    }
+
+    /// All of it, to be read.
+    pub(crate) fn as_ref(&self) -> RowsRef<'_> {
+        RowsRef {
+            format: self.format,
+            dim: self.dim,
+            elements: self.elements.as_slice(),
+            scales: self.scales.as_slice(),
+            scale_format: self.scale_format,
+            codebook: &self.codebook,
+        }
+    }
+}
+
+/// Bytes of a row's scale and bias: none unless its format is quantized.
+pub(crate) const fn pair_bytes(format: RowFormat, scales: ScaleFormat) -> usize {
+    if format.is_quantized() { scales.pair_bytes() } else { 0 }
+}
+
+/// Some rows of a table, to be read.
+#[derive(Clone, Copy)]
+pub(crate) struct RowsRef<'a> {
+    pub(crate) format: RowFormat,
+    pub(crate) dim: usize,
+    pub(crate) elements: &'a [u8],
+    pub(crate) scales: &'a [u8],
+    pub(crate) scale_format: ScaleFormat,
+    pub(crate) codebook: &'a Lanes,
+}
+
+impl<'a> RowsRef<'a> {
+    /// Rows of fp32.
+    pub(crate) fn fp32(rows: &'a [f32], dim: usize) -> Self {
+        Self {
+            format: RowFormat::Fp32,
+            dim,
+            elements: bytemuck::cast_slice(rows),
+            scales: &[],
+            scale_format: ScaleFormat::Fp32,
+            codebook: &UNIFORM,
+        }
+    }
+
+    pub(crate) fn half<P: Packing>(self, packing: P) -> HalfRows<'a, P> {
+        HalfRows { packing, data: bytemuck::cast_slice(self.elements), dim: self.dim }
+    }
+
+    pub(crate) fn quantized<P: Packing>(self, packing: P) -> QuantizedRows<'a, P> {
+        QuantizedRows {
+            packing,
+            codes: self.elements,
+            scales: Scales::new(self.scale_format, self.scales),
+            row_bytes: self.format.row_bytes(self.dim),
+            dim: self.dim,
+        }
+    }
+}
+
+/// Some rows of a table, to be written.
+pub(crate) struct RowsMut<'a> {
+    pub(crate) format: RowFormat,
+    pub(crate) dim: usize,
+    pub(crate) elements: &'a mut [u8],
+    pub(crate) scales: &'a mut [u8],
+    pub(crate) scale_format: ScaleFormat,
+}

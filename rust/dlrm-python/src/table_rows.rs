@@ -1,0 +1,159 @@
+//! The rows of one table outside a set: made of other rows, of packed ones or of their parts, to be put into a set.
+
+use std::sync::{Mutex, PoisonError};
+
+use dlrm_core::{Encoded, Encoding, Layout, Result, RowFormat, ScaleFormat, TableSpec};
+use half::f16;
+use numpy::{PyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::arrays::input;
+use crate::call::call;
+use crate::error::BindingError;
+
+type Any<'a, 'py> = &'a Bound<'py, PyAny>;
+/// Rows, the relative error of each, and the largest absolute error.
+pub(crate) type WithErrors<'py> = (TableRows, Bound<'py, PyArray1<f32>>, f32);
+
+/// Empty once its rows are in a set.
+#[pyclass(frozen, module = "dlrm_rs._dlrm_rs")]
+pub(crate) struct TableRows(Mutex<Option<dlrm_core::TableRows>>);
+
+impl TableRows {
+    pub(crate) fn new(rows: dlrm_core::TableRows) -> Self {
+        Self(Mutex::new(Some(rows)))
+    }
+
+    pub(crate) fn with_errors(py: Python<'_>, encoded: Encoded) -> WithErrors<'_> {
+        (Self::new(encoded.rows), PyArray1::from_vec(py, encoded.errors), encoded.largest_error)
+    }
+
+    /// The rows, which are gone from here then.
+    pub(crate) fn take(&self) -> PyResult<dlrm_core::TableRows> {
+        let rows = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        rows.ok_or_else(|| PyValueError::new_err("rows: expected rows, got those that a table has taken"))
+    }
+}
+
+#[pymethods]
+impl TableRows {
+    #[staticmethod]
+    fn encode<'py>(
+        py: Python<'py>,
+        name: String,
+        source: Any<'_, 'py>,
+        row_format: &str,
+        method: &str,
+        scale_format: Option<&str>,
+        zero_not_finite: bool,
+    ) -> PyResult<WithErrors<'py>> {
+        let encoding = encoding(row_format, method, scale_format, zero_not_finite)?;
+        let source = input::<f32>("source", source)?;
+        let [rows, dim] = two_dimensions("source", &source)?;
+        let spec = TableSpec { name, rows, dim, format: encoding.format };
+        let source = source.as_slice()?;
+        let encoded = call(py, |ctx| dlrm_core::TableRows::encode(source, &spec, encoding, ctx))?;
+        Ok(Self::with_errors(py, encoded))
+    }
+
+    #[staticmethod]
+    fn unpack(
+        py: Python<'_>,
+        name: String,
+        packed: Any<'_, '_>,
+        embedding_dim: usize,
+        row_format: &str,
+        layout: &str,
+    ) -> PyResult<Self> {
+        let (format, layout) = parse_two::<RowFormat, Layout>(row_format, layout)?;
+        let packed = input::<u8>("packed", packed)?;
+        let [rows, row_bytes] = two_dimensions("packed", &packed)?;
+        let spec = TableSpec { name, rows, dim: embedding_dim, format };
+        let packed = packed.as_slice()?;
+        call(py, |ctx| dlrm_core::TableRows::unpack(packed, &spec, layout, row_bytes, ctx)).map(Self::new)
+    }
+
+    #[staticmethod]
+    fn from_parts(
+        py: Python<'_>,
+        name: String,
+        embedding_dim: usize,
+        row_format: &str,
+        codes: Any<'_, '_>,
+        scales: Any<'_, '_>,
+        codebook: Option<Vec<f32>>,
+    ) -> PyResult<Self> {
+        let format = row_format.parse().map_err(BindingError)?;
+        let codes = input::<u8>("codes", codes)?;
+        let [rows, _] = two_dimensions("codes", &codes)?;
+        let spec = TableSpec { name, rows, dim: embedding_dim, format };
+        let scales = ScaleArray::new(scales)?;
+        let codebook = codebook.map(|numbers| {
+            let got = format!("codebook: expected 16 numbers, got {}", numbers.len());
+            <[f32; 16]>::try_from(numbers).map_err(|_| PyValueError::new_err(got))
+        });
+        let codebook = codebook.transpose()?;
+        let (codes, pairs) = (codes.as_slice()?, scales.bytes()?);
+        let made =
+            call(py, |ctx| dlrm_core::TableRows::from_parts(&spec, codes, pairs, codebook.as_ref(), ctx))?;
+        Ok(Self::new(made))
+    }
+}
+
+/// How rows are to be encoded, by its names.
+pub(crate) fn encoding(
+    row_format: &str,
+    method: &str,
+    scale_format: Option<&str>,
+    zero_not_finite: bool,
+) -> PyResult<Encoding> {
+    let parsed = || -> Result<_> {
+        let scales = scale_format.map(str::parse).transpose()?;
+        Ok(Encoding { format: row_format.parse()?, method: method.parse()?, scales, zero_not_finite })
+    };
+    Ok(parsed().map_err(BindingError)?)
+}
+
+fn parse_two<A, B>(a: &str, b: &str) -> PyResult<(A, B)>
+where
+    A: std::str::FromStr<Err = dlrm_core::Error>,
+    B: std::str::FromStr<Err = dlrm_core::Error>,
+{
+    Ok((a.parse().map_err(BindingError)?, b.parse().map_err(BindingError)?))
+}
+
+fn two_dimensions<T: numpy::Element>(name: &str, array: &PyReadonlyArrayDyn<'_, T>) -> PyResult<[usize; 2]> {
+    array.shape().try_into().map_err(|_| {
+        PyValueError::new_err(format!("{name}: expected two dimensions, got shape {:?}", array.shape()))
+    })
+}
+
+/// Scales and biases, in any scale format.
+enum ScaleArray<'py> {
+    Fp32(PyReadonlyArrayDyn<'py, f32>),
+    Fp16(PyReadonlyArrayDyn<'py, f16>),
+    Bf16(PyReadonlyArrayDyn<'py, i16>),
+}
+
+impl<'py> ScaleArray<'py> {
+    fn new(array: Any<'_, 'py>) -> PyResult<Self> {
+        if let Ok(array) = input("scales", array) {
+            return Ok(Self::Fp32(array));
+        }
+        if let Ok(array) = input("scales", array) {
+            return Ok(Self::Fp16(array));
+        }
+        let wrong =
+            |_| PyTypeError::new_err("scales: expected a C-contiguous array of float32, float16 or int16");
+        input("scales", array).map(Self::Bf16).map_err(wrong)
+    }
+
+    fn bytes(&self) -> PyResult<(ScaleFormat, &[u8])> {
+        Ok(match self {
+            Self::Fp32(array) => (ScaleFormat::Fp32, bytemuck::cast_slice(array.as_slice()?)),
+            Self::Fp16(array) => (ScaleFormat::Fp16, bytemuck::cast_slice(array.as_slice()?)),
+            Self::Bf16(array) => (ScaleFormat::Bf16, bytemuck::cast_slice(array.as_slice()?)),
+        })
+    }
+}
