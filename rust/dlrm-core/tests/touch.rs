@@ -3,32 +3,47 @@
 mod common;
 
 use common::{Case, any_case, contexts, large_case};
-use dlrm_core::{Bags, Context, Ids, Offsets, Pooling};
+use dlrm_core::{
+    Bags, Context, Encoding, Ids, Method, Offsets, Pooling, RowFormat, ScaleFormat, TableRows, TableSet,
+};
 use proptest::prelude::*;
 
-/// Floats of a cache line.
-const LINE: usize = 16;
+const LINE: usize = 64;
 
-/// The sum of the first byte of every line of every id's row.
-fn expected(case: &Case) -> u64 {
-    let line = |table: usize, line: usize| {
-        let (element, dim) = (line * LINE, case.tables[table].1);
-        u64::from(case.weight(table, element / dim, element % dim).to_ne_bytes()[0])
+/// The sum of the first byte of every line of a row, and of its scale and bias.
+fn row(rows: &TableRows, dim: usize, id: usize) -> u64 {
+    let ((elements, _), (scales, _)) = (rows.elements(), rows.scales());
+    let row_bytes = rows.format().row_bytes(dim);
+    let lines = id * row_bytes / LINE..((id + 1) * row_bytes).div_ceil(LINE);
+    let scale = rows.format().is_quantized().then(|| id * rows.scale_format().pair_bytes() / LINE);
+    let bytes = lines.map(|line| elements[line * LINE]).chain(scale.map(|line| scales[line * LINE]));
+    bytes.map(u64::from).sum()
+}
+
+fn expected(case: &Case, set: &TableSet) -> u64 {
+    let bag = |(i, bag): (usize, &Vec<i64>)| -> u64 {
+        let table = case.features[i / case.batch].table;
+        let of_bag =
+            |rows: &TableRows| bag.iter().map(|&id| row(rows, case.tables[table].1, id as usize)).sum();
+        set.read_rows(table, of_bag).unwrap()
     };
-    let row = |table: usize, id: usize| -> u64 {
-        let dim = case.tables[table].1;
-        (id * dim / LINE..((id + 1) * dim).div_ceil(LINE)).map(|i| line(table, i)).sum()
-    };
-    let bags = case.bags.iter().enumerate();
-    bags.flat_map(|(i, bag)| bag.iter().map(move |&id| (i, id as usize)))
-        .map(|(i, id)| row(case.features[i / case.batch].table, id))
-        .sum()
+    case.bags.iter().enumerate().map(bag).sum()
 }
 
 fn check(case: &Case) {
     let (set, arrays) = (case.set(&Context::default()), case.arrays());
-    for ctx in contexts() {
-        assert_eq!(set.touch(&case.call(&arrays), &ctx), Ok(expected(case)));
+    for format in RowFormat::ALL {
+        for scales in ScaleFormat::ALL {
+            let encoding =
+                Encoding { format, method: Method::MinMax, scales: Some(scales), zero_not_finite: false };
+            for table in 0..case.tables.len() {
+                let encoded = set.encode(table, encoding, &Context::default()).unwrap();
+                set.swap_rows(table, encoded.rows).unwrap();
+            }
+            for ctx in contexts() {
+                assert_eq!(set.touch(&case.call(&arrays), &ctx), Ok(expected(case, &set)));
+            }
+        }
     }
 }
 
