@@ -17,20 +17,25 @@ from dlrm_rs.embedding import Embedding
 from dlrm_rs.embedding_bag import EmbeddingBag
 from dlrm_rs.jagged import KeyedJaggedTensor, KeyedTensor
 from dlrm_rs.model import DLRM
+from dlrm_rs.quantization import Budget, QuantizationReport, dequantize, quantize
 from dlrm_rs.replace import replace_embeddings
 
 __all__ = [
     "DLRM",
+    "Budget",
     "Embedding",
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "EmbeddingBagConfig",
     "KeyedJaggedTensor",
     "KeyedTensor",
+    "QuantizationReport",
     "__version__",
+    "dequantize",
     "get_num_threads",
     "info",
     "optim",
+    "quantize",
     "replace_embeddings",
     "set_num_threads",
 ]

@@ -21,12 +21,63 @@ from typing import Any, TypeAlias, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TableSet", "__version__", "get_num_threads", "info", "set_num_threads", "set_simd"]
+__all__ = ["TableRows", "TableSet", "__version__", "get_num_threads", "info", "set_num_threads", "set_simd"]
 
 __version__: str
 
 _Ids: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 _F32: TypeAlias = NDArray[np.float32]
+# Numbers of float32 or float16, or with int16 the bits of bfloat16, which NumPy has not.
+_Floats: TypeAlias = _F32 | NDArray[np.float16] | NDArray[np.int16]
+
+@final
+class TableRows:
+    """The rows of one table outside a set, `(N, D)` in a row format: to be put into a set, once."""
+
+    @staticmethod
+    def encode(
+        name: str,
+        source: _F32,
+        row_format: str,
+        method: str,
+        scale_format: str | None,
+        zero_not_finite: bool,
+    ) -> tuple[TableRows, _F32, float]:
+        """Bring rows into a row format.
+
+        Args:
+            name: the table's, for messages.
+            source: `(N, D)`.
+            row_format: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`, `"int4"` or `"int2"`.
+            method: `"minmax"`; for the last three `"lsq"`, too; for int4 `"codebook"`.
+            scale_format: `"fp32"`, `"fp16"`, `"bf16"`, or `None` for fp16, or bf16 where that does not hold every scale.
+            zero_not_finite: take NaN and infinities for zero; else they are a `ValueError` that names the row.
+
+        Returns:
+            The rows; the relative L2 error of each, `(N,)`; the largest absolute error of an element.
+        """
+
+    @staticmethod
+    def unpack(name: str, packed: NDArray[np.uint8], embedding_dim: int, row_format: str, layout: str) -> TableRows:
+        """Rows of packed ones, `(N, bytes of a row)`; layout is `"fused"` or `"tbe"`, as of `TableSet.pack`.
+
+        `ValueError`: a scale or bias that is not finite; the message names its row.
+        """
+
+    @staticmethod
+    def from_parts(
+        name: str,
+        embedding_dim: int,
+        row_format: str,
+        codes: NDArray[np.uint8],
+        scales: _Floats,
+        codebook: Sequence[float] | _F32 | None,
+    ) -> TableRows:
+        """Rows of what `TableSet.codes`, `scales` and `codebook` gave.
+
+        `ValueError`: shapes that do not fit, a scale or bias that is not finite, or a codebook that does not ascend from
+        0 to 15.
+        """
 
 @final
 class TableSet:
@@ -40,13 +91,54 @@ class TableSet:
         """Allocate zeroed tables.
 
         Args:
-            tables: `(name, num_embeddings, embedding_dim, row format)` of each table; the row format is `"fp32"`.
+            tables: `(name, num_embeddings, embedding_dim, row format)` of each table; row formats as of
+                `TableRows.encode`.
             features: `(table, pooling, padding_idx)` of each feature; pooling is `"sum"`, `"mean"`, `"max"` or
                 `"none"` (one output row per id), the same kind of output for all: pooled or not.
         """
 
-    def weight(self, table: int) -> _F32:
-        """The rows of a table, `(N, D)`: a writable view that keeps the memory alive."""
+    def row_format(self, table: int) -> str:
+        """How the rows of a table are stored."""
+
+    def weight(self, table: int) -> _Floats:
+        """The rows of a table, `(N, D)`: a writable view that keeps the memory alive. `ValueError` for quantized rows."""
+
+    def codes(self, table: int) -> NDArray[np.uint8]:
+        """The codes of a table of quantized rows, `(N, bytes of D codes)`: a view likewise, element 0 in the low bits."""
+
+    def scales(self, table: int) -> _Floats:
+        """Scale and bias of every row of such a table, `(N, 2)`: a view likewise."""
+
+    def codebook(self, table: int) -> _F32 | None:
+        """What the codes of int4 rows mean, `(16,)`; `None` where that is their own numbers."""
+
+    def encode(
+        self, table: int, row_format: str, method: str, scale_format: str | None, zero_not_finite: bool
+    ) -> tuple[TableRows, _F32, float]:
+        """As `TableRows.encode`, of the rows of a table, which stay as they are."""
+
+    def swap_rows(self, table: int, rows: TableRows) -> TableRows:
+        """Put rows of the same shape in the place of those of a table, and return these.
+
+        Views of the old rows keep their memory. An optimizer's state stays, but rows that are not fp32 are not updated.
+        """
+
+    def write_rows(self, table: int, first: int, rows: _F32) -> None:
+        """Encode rows, `(n, D)`, by minmax in the table's format over those from `first` on."""
+
+    def pack(self, table: int, layout: str, row_alignment: int) -> NDArray[np.uint8]:
+        """Quantized rows as others store them, `(N, bytes of a row)`, these a multiple of `row_alignment`.
+
+        Args:
+            table: the table.
+            layout: `"fused"`, `[codes][scale][bias]`, scale and bias fp32 for int8 and fp16 for int4 and int2: torch's
+                prepack operators, FBGEMM's fused rows. `"tbe"`, `[scale][bias][codes]`, both fp16: FBGEMM's
+                table-batched embeddings for inference.
+            row_alignment: bytes of 0 follow where a row is shorter.
+        """
+
+    def clear_optimizer(self) -> None:
+        """Give the fused optimizer and its state up."""
 
     def set_optimizer(self, name: str) -> None:
         """Choose the fused optimizer, `"sgd"`, `"adagrad"` or `"rowwise_adagrad"`, and allocate its zeroed state."""
@@ -63,7 +155,7 @@ class TableSet:
         offsets: _Ids | None,
         batch_size: int,
         per_sample_weights: _F32 | None,
-        out: _F32,
+        out: _Floats,
         argmax: NDArray[np.int32] | None,
     ) -> None:
         """Look up and pool every feature.
@@ -74,7 +166,8 @@ class TableSet:
             batch_size: `B`.
             per_sample_weights: `(L,)` or `None`; refused for max and none, and when it holds a NaN.
             out: `(B, W)`, features side by side in their order; for pooling none flat: feature after feature
-                `(ids of the feature, D)`, so `(L, D)` when all dims are equal. Every element is written.
+                `(ids of the feature, D)`, so `(L, D)` when all dims are equal. Every element is written: as float32, or
+                rounded to float16 or (int16) bfloat16, to the nearest, ties to even.
             argmax: `(B, W)` or `None`: for max pooling, the place within the bag of the id whose element was largest
                 (the first of equals), -1 where the bag is empty; columns of features pooled otherwise are not written.
         """
@@ -176,7 +269,7 @@ class TableSet:
         """
 
     def memory_report(self) -> list[dict[str, int]]:
-        """Bytes of every table: `"payload"` (the rows), `"state"` (of the optimizer), `"overhead"` (the rest mapped)."""
+        """Bytes of every table: `"payload"` (elements of the rows), `"scales"`, `"state"` (of the optimizer), `"overhead"`."""
 
 def info() -> dict[str, Any]:
     """What the engine runs on: `"version"`, `"simd"`, `"simd_available"`, `"num_threads"`."""

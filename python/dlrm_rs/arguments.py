@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dlrm_rs.row_formats import TORCH_DTYPES
+
 __all__ = [
     "check_device",
     "check_no_nan",
@@ -18,11 +20,8 @@ __all__ = [
     "check_table_weight",
     "float_tensor",
     "index_tensor",
-    "row_format",
 ]
 
-# Row formats the engine stores, and the torch dtype of the formats that torch has one for.
-ROW_FORMATS = {"fp32": torch.float32}
 POOLINGS = ("sum", "mean", "max")
 
 
@@ -74,21 +73,25 @@ def _check_cpu_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
 
 
-def check_table_weight(name: str, weight: Tensor, shape: tuple[int, int]) -> None:
+def check_table_weight(name: str, weight: Tensor, shape: tuple[int, int], dtype: torch.dtype | None = None) -> None:
     """Refuse a tensor that cannot become the rows of a table.
 
     Args:
         name: What the tensor is, for messages.
         weight: The tensor.
         shape: `(N, D)` of the table.
+        dtype: Of the table's rows; None where other rows are made of the tensor.
 
     Raises:
-        TypeError: Not a tensor, or not float32.
+        TypeError: Not a tensor, or not of `dtype`; or, where that is None, not float32, float16 or bfloat16.
         ValueError: Not dense, not on the CPU, or not of `shape`.
     """
     _check_cpu_tensor(name, weight)
-    if weight.dtype is not torch.float32:
-        raise TypeError(f"{name}: expected dtype torch.float32, got {weight.dtype}; use .float()")
+    allowed = list(TORCH_DTYPES.values()) if dtype is None else [dtype]
+    if weight.dtype not in allowed:
+        raise TypeError(
+            f"{name}: expected dtype {' or '.join(map(str, allowed))}, got {weight.dtype}; use .to({allowed[0]})"
+        )
     if tuple(weight.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, (num_embeddings, embedding_dim), got {tuple(weight.shape)}")
 
@@ -134,24 +137,6 @@ def check_device(device: torch.device | str | int | None) -> None:
         raise ValueError(
             f"device: expected None or 'cpu', as the tables live in the memory of the host, got {str(device)!r}"
         )
-
-
-def row_format(name: str, dtype: object) -> str:
-    """The engine's name of a row format.
-
-    Args:
-        name: The argument's name, for messages.
-        dtype: None for fp32, a torch dtype, a name, or an enum member whose value is a name, in any case.
-
-    Raises:
-        TypeError: There is no such row format.
-    """
-    wanted = getattr(dtype, "value", dtype)
-    for row_format, torch_dtype in ROW_FORMATS.items():
-        if wanted is None or wanted is torch_dtype or (isinstance(wanted, str) and wanted.lower() == row_format):
-            return row_format
-    available = ", ".join(f"{row_format!r} or {torch_dtype}" for row_format, torch_dtype in ROW_FORMATS.items())
-    raise TypeError(f"{name}: expected {available}, got {dtype!r}")
 
 
 def check_pooling(name: str, pooling: object) -> str:

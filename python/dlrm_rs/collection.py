@@ -7,16 +7,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dlrm_rs import operators
-from dlrm_rs.arguments import check_device, check_pooling, float_tensor, index_tensor, row_format
+from dlrm_rs.arguments import check_device, check_pooling, float_tensor, index_tensor
 from dlrm_rs.jagged import KeyedJaggedTensor, KeyedTensor
 from dlrm_rs.optim import OptimizerSpec
-from dlrm_rs.owner import OwnsTables
+from dlrm_rs.owner import HoldsWeight, OwnsTables
+from dlrm_rs.row_formats import output_dtype as checked_output_dtype
+from dlrm_rs.row_formats import row_format
 from dlrm_rs.tables import EmbeddingTables, FeatureSpec, TableSpec
 
 __all__ = ["EmbeddingBagCollection", "EmbeddingBagConfig"]
@@ -32,8 +34,9 @@ class EmbeddingBagConfig:
         embedding_dim: `D`, elements of a row.
         feature_names: The features that look up in this table.
         pooling: "sum", "mean" or "max".
-        data_type: How a row is stored: "fp32" or `torch.float32`.
-        init_fn: Fills the weight in place; by default from U(-sqrt(1/N), sqrt(1/N)).
+        data_type: How a row is stored: "fp32", "fp16", "bf16", "int8", "int4" or "int2", or a torch dtype.
+        init_fn: Fills the weight in place; by default from U(-sqrt(1/N), sqrt(1/N)). Quantized rows are made of what it
+            fills, a float32 tensor `(N, D)` that is there for that time.
     """
 
     name: str
@@ -66,10 +69,11 @@ class EmbeddingBagCollection(OwnsTables):
         is_weighted: Whether every id comes with a weight that multiplies its row.
         device: None or the CPU, where the tables live and stay.
         optimizer: One of `dlrm_rs.optim`: backward then updates the rows itself and no gradient tensor exists.
-        output_dtype: `torch.float32`.
+        output_dtype: Of the output: `torch.float32`, or `torch.float16` or `torch.bfloat16`, to which sums in float32
+            are rounded: half the bytes to bring to another device.
 
     Attributes:
-        embedding_bags: One module per table, which holds its `weight`, `(N, D)`.
+        embedding_bags: One module per table, which holds its `weight`, `(N, D)`; quantized tables have none.
         fused_optimizer: A `torch.optim.Optimizer` for schedulers and checkpoints, or None without `optimizer`.
 
     Raises:
@@ -109,8 +113,6 @@ class EmbeddingBagCollection(OwnsTables):
     ) -> None:
         super().__init__()
         check_device(device)
-        if output_dtype is not torch.float32:
-            raise TypeError(f"output_dtype: expected torch.float32, got {output_dtype}")
         _check_names(tables)
         self._configs = list(tables)
         self._is_weighted = is_weighted
@@ -132,18 +134,16 @@ class EmbeddingBagCollection(OwnsTables):
             for _ in config.feature_names
         ]
         self.embedding_bags = nn.ModuleDict({table.name: _Table() for table in tables})
-        self._tables = EmbeddingTables(specs, features, list(self.embedding_bags.values()), optimizer)
+        holders = cast(list[_Table], list(self.embedding_bags.values()))
+        self._tables = EmbeddingTables(specs, features, holders, optimizer, checked_output_dtype(output_dtype))
+        for table, holder in enumerate(holders):
+            holder._tables, holder._table = self._tables, table
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fill every table by its `init_fn`, or from U(-sqrt(1/N), sqrt(1/N))."""
-        with torch.no_grad():
-            for config, weight in zip(self._configs, self._tables.weights(), strict=True):
-                if config.init_fn is not None:
-                    config.init_fn(weight)
-                else:
-                    bound = max(config.num_embeddings, 1) ** -0.5
-                    weight.uniform_(-bound, bound)
+        for table, config in enumerate(self._configs):
+            self._tables.initialize(table, functools.partial(_fill, config), whole=config.init_fn is not None)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool every feature.
@@ -177,7 +177,7 @@ class EmbeddingBagCollection(OwnsTables):
             per_sample_weights: `(L,)` float32, exactly if `is_weighted`.
 
         Returns:
-            `(B, sum of D)` float32.
+            `(B, sum of D)` of the output dtype.
 
         Raises:
             IndexError: An id is not a row of its table.
@@ -240,13 +240,20 @@ class EmbeddingBagCollection(OwnsTables):
         return f"features={self._embedding_names}, is_weighted={self._is_weighted}, optimizer={algorithm}"
 
 
-class _Table(nn.Module):
+class _Table(HoldsWeight):
     """Holds the weight of one table under its name."""
 
-    weight: nn.Parameter
-
     def extra_repr(self) -> str:
-        return "{}, {}".format(*self.weight.shape)
+        _, num_embeddings, embedding_dim, _ = self._tables.tables[self._table]
+        return f"{num_embeddings}, {embedding_dim}, dtype={self._tables.row_formats[self._table]}"
+
+
+def _fill(config: EmbeddingBagConfig, rows: Tensor, _first: int) -> None:
+    if config.init_fn is not None:
+        config.init_fn(rows)
+    else:
+        bound = max(config.num_embeddings, 1) ** -0.5
+        rows.uniform_(-bound, bound)
 
 
 def _check_names(tables: Sequence[EmbeddingBagConfig]) -> None:

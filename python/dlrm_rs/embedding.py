@@ -7,17 +7,17 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dlrm_rs import operators
+from dlrm_rs import operators, row_formats
 from dlrm_rs.arguments import (
     check_device,
     check_no_nan,
     check_padding_idx,
     check_table_weight,
     index_tensor,
-    row_format,
 )
 from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.owner import OwnsTable, single_table
+from dlrm_rs.row_formats import row_format
 
 __all__ = ["Embedding"]
 
@@ -36,14 +36,17 @@ class Embedding(OwnsTable, nn.Embedding):
         norm_type: The p of that p-norm.
         scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences.
         sparse: Give `weight` a sparse gradient; without effect with a fused optimizer.
-        _weight: `(N, D)` float32 to start from; its content is copied into the engine's memory.
+        _weight: `(N, D)` of a floating dtype to start from; its content is copied into the engine's memory.
         _freeze: Do not train the table.
         device: None or the CPU.
-        dtype: None, `torch.float32` or "fp32".
+        dtype: How a row is stored: a torch dtype (float32, float16, bfloat16) or a row format by name, "fp32", "fp16",
+            "bf16", "int8", "int4" or "int2". Quantized rows, the last three, cannot be trained.
         optimizer: One of `dlrm_rs.optim`: backward then updates the rows itself and `weight.grad` stays None.
+        output_dtype: Of the output: float32, float16 or bfloat16. By default `dtype` where that is a torch dtype, as in
+            torch, else float32.
 
     Attributes:
-        weight: `(N, D)` float32 Parameter over the engine's memory, from N(0, 1) as torch's.
+        weight: `(N, D)` Parameter over the engine's memory, from N(0, 1) as torch's. Quantized rows have none.
         fused_optimizer: A `torch.optim.Optimizer` for schedulers and checkpoints, or None without `optimizer`.
 
     Raises:
@@ -75,6 +78,7 @@ class Embedding(OwnsTable, nn.Embedding):
         dtype: torch.dtype | str | None = None,
         *,
         optimizer: OptimizerSpec | None = None,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not torch's Embedding's, which would allocate a table of its own
         check_device(device)
@@ -88,12 +92,15 @@ class Embedding(OwnsTable, nn.Embedding):
         if _weight is not None:
             check_table_weight("_weight", _weight, (num_embeddings, embedding_dim))
             check_no_nan("_weight", _weight)
-        self._tables = single_table(self, "embedding", row_format("dtype", dtype), optimizer)
+        self._tables = single_table(
+            self, "embedding", row_format("dtype", dtype), optimizer, row_formats.output_dtype(output_dtype, dtype)
+        )
         if _weight is None:
             self.reset_parameters()
         else:
-            self.weight.detach().copy_(_weight.detach())
-        self.weight.requires_grad_(not _freeze)
+            self._tables.load(0, _weight)
+        if _freeze and "weight" in self._parameters:
+            self.weight.requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Look up.
@@ -102,7 +109,7 @@ class Embedding(OwnsTable, nn.Embedding):
             input: Ids of any shape, int32 or int64.
 
         Returns:
-            `(*input.shape, D)` float32.
+            `(*input.shape, D)` of the output dtype.
 
         Raises:
             IndexError: An id is not a row of the table.

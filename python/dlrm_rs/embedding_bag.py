@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dlrm_rs import operators
+from dlrm_rs import operators, row_formats
 from dlrm_rs.arguments import (
     check_device,
     check_no_nan,
@@ -16,10 +16,10 @@ from dlrm_rs.arguments import (
     check_table_weight,
     float_tensor,
     index_tensor,
-    row_format,
 )
 from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.owner import OwnsTable, single_table
+from dlrm_rs.row_formats import row_format
 
 __all__ = ["EmbeddingBag"]
 
@@ -38,15 +38,18 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
         scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences. Not with "max".
         mode: "sum", "mean" or "max".
         sparse: Give `weight` a sparse gradient. Not with "max"; without effect with a fused optimizer.
-        _weight: `(N, D)` float32 to start from; its content is copied into the engine's memory.
+        _weight: `(N, D)` of a floating dtype to start from; its content is copied into the engine's memory.
         include_last_offset: `offsets` has `B + 1` elements, the last being where the last bag ends.
         padding_idx: A row that is left out of the bags and never trained; negative counts from the back.
         device: None or the CPU.
-        dtype: None, `torch.float32` or "fp32".
+        dtype: How a row is stored: a torch dtype (float32, float16, bfloat16) or a row format by name, "fp32", "fp16",
+            "bf16", "int8", "int4" or "int2". Quantized rows, the last three, cannot be trained.
         optimizer: One of `dlrm_rs.optim`: backward then updates the rows itself and `weight.grad` stays None.
+        output_dtype: Of the output: float32, float16 or bfloat16. By default `dtype` where that is a torch dtype, as in
+            torch, else float32.
 
     Attributes:
-        weight: `(N, D)` float32 Parameter over the engine's memory, from N(0, 1) as torch's.
+        weight: `(N, D)` Parameter over the engine's memory, from N(0, 1) as torch's. Quantized rows have none.
         fused_optimizer: A `torch.optim.Optimizer` for schedulers and checkpoints, or None without `optimizer`.
 
     Raises:
@@ -85,6 +88,7 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
         dtype: torch.dtype | str | None = None,
         *,
         optimizer: OptimizerSpec | None = None,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not torch's EmbeddingBag's, which would allocate a table of its own
         check_device(device)
@@ -101,11 +105,13 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
         if _weight is not None:
             check_table_weight("_weight", _weight, (num_embeddings, embedding_dim))
             check_no_nan("_weight", _weight)
-        self._tables = single_table(self, "embedding_bag", row_format("dtype", dtype), optimizer)
+        self._tables = single_table(
+            self, "embedding_bag", row_format("dtype", dtype), optimizer, row_formats.output_dtype(output_dtype, dtype)
+        )
         if _weight is None:
             self.reset_parameters()
         else:
-            self.weight.detach().copy_(_weight.detach())
+            self._tables.load(0, _weight)
 
     def forward(
         self,
@@ -121,7 +127,7 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
             per_sample_weights: Float32 of `input`'s shape, which multiply the rows. Only with mode "sum".
 
         Returns:
-            `(B, D)` float32; zeros for an empty bag.
+            `(B, D)` of the output dtype; zeros for an empty bag.
 
         Raises:
             IndexError: An id is not a row of the table.
@@ -229,5 +235,6 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
             padding_idx,
             optimizer=optimizer,
         )
-        module.weight.requires_grad_(not freeze)
+        if freeze and "weight" in module._parameters:
+            module.weight.requires_grad_(False)
         return module

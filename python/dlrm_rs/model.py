@@ -167,7 +167,7 @@ class DLRM(nn.Module):
                 f"dense_features: expected as many samples as sparse_features, {len(pooled)}, got {len(dense_features)}"
             )
         x = self.bottom(dense_features)  # (B, D)
-        y = pooled.to(x.device)  # (B, sum of D)
+        y = pooled.to(x.device).to(x.dtype)  # (B, sum of D); converted where it is used: fewer bytes to bring there
         interact = self._dot if self.interaction == "dot" else self._cat
         logits: Tensor = self.top(interact(x, y))  # (B, 1)
         return logits

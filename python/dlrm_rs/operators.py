@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from dlrm_rs.row_formats import as_array
 from dlrm_rs.tables import EmbeddingTables, Memory
 
 __all__ = ["lookup", "renorm"]
@@ -44,7 +45,7 @@ def lookup(
         scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences in the call.
 
     Returns:
-        `(B, W)` float32; for features that do not pool `(L, D)`.
+        `(B, W)` of the tables' `output_dtype`; for features that do not pool `(L, D)`.
 
     Raises:
         IndexError: An id is outside its table.
@@ -131,7 +132,7 @@ class _Lookup(torch.autograd.Function):
         call: _Call = ctx.call
         indices, offsets, per_sample_weights, argmax, *_ = ctx.saved_tensors
         bags = (indices.numpy(), _array(offsets), call.batch_size)
-        grad = grad.contiguous()  # (B, W) or (L, D)
+        grad = grad.float().contiguous()  # (B, W) or (L, D)
         if call.tables.optimizer is not None and call.memory.overlaps(grad):
             grad = grad.clone()  # the update would write to what it still has to read
         out_grad = _array(grad)
@@ -167,9 +168,9 @@ def _lookup(
 ) -> Tensor:
     # `device`, lest a default device that the user has set is taken.
     rows = batch_size if tables.pooled else indices.numel()
-    out = torch.empty(rows, tables.width, dtype=torch.float32, device="cpu")  # (B, W) or (L, D)
+    out = torch.empty(rows, tables.width, dtype=tables.output_dtype, device="cpu")  # (B, W) or (L, D)
     tables.handle.lookup(
-        indices.numpy(), _array(offsets), batch_size, _array(per_sample_weights), out.numpy(), _array(argmax)
+        indices.numpy(), _array(offsets), batch_size, _array(per_sample_weights), as_array(out), _array(argmax)
     )
     return out
 
@@ -177,18 +178,26 @@ def _lookup(
 def _gradients(call: _Call, terms: tuple[Any, ...]) -> list[Tensor | None]:
     if not call.sparse:
         dense = call.memory.handle.dense_gradient(*terms)
-        return [None if rows is None else torch.from_numpy(rows) for rows in dense]
+        return [
+            None if rows is None else torch.from_numpy(rows).to(weight.dtype)
+            for rows, weight in zip(dense, call.weights, strict=True)
+        ]
     touched = call.memory.handle.sparse_gradient(*terms)
     return [
-        None if pair is None else _sparse_tensor(torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), weight.shape)
+        None if pair is None else _sparse_tensor(torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), weight)
         for pair, weight in zip(touched, call.weights, strict=True)
     ]
 
 
-def _sparse_tensor(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+def _sparse_tensor(rows: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     # The engine's rows are in the table, unique and ascending: nothing is to be checked, and nothing coalesced again.
     return torch.sparse_coo_tensor(
-        rows.unsqueeze(0), values, shape, device="cpu", check_invariants=False, is_coalesced=True
+        rows.unsqueeze(0),
+        values.to(weight.dtype),
+        weight.shape,
+        device="cpu",
+        check_invariants=False,
+        is_coalesced=True,
     )
 
 

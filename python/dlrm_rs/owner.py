@@ -6,16 +6,18 @@ A mixin for `EmbeddingBagCollection`, and one for the modules of a single table 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from dlrm_rs._dlrm_rs import TableRows
 from dlrm_rs.arguments import check_padding_idx
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
+from dlrm_rs.row_formats import QUANTIZED
 from dlrm_rs.tables import EmbeddingTables, FeatureSpec, TableSpec
 
-__all__ = ["OwnsTable", "OwnsTables", "single_table"]
+__all__ = ["HoldsWeight", "OwnsTable", "OwnsTables", "single_table"]
 
 
 class OwnsTables(nn.Module):
@@ -29,7 +31,10 @@ class OwnsTables(nn.Module):
         return self._tables.optimizer
 
     def memory_report(self) -> dict[str, dict[str, int]]:
-        """Bytes of every table by its name: `"payload"` (rows), `"state"` (of the optimizer), `"overhead"` (the rest).
+        """Bytes of every table by its name.
+
+        `"payload"` (elements of its rows), `"scales"` (scale and bias of quantized rows), `"state"` (of the optimizer)
+        and `"overhead"` (the rest).
 
         Example:
             >>> import dlrm_rs
@@ -38,6 +43,16 @@ class OwnsTables(nn.Module):
         """
         report = self._tables.handle.memory_report()
         return {table.name: sizes for table, sizes in zip(self._tables.tables, report, strict=True)}
+
+    def row_formats(self) -> dict[str, str]:
+        """How the rows of every table are stored, by its name.
+
+        Example:
+            >>> import dlrm_rs
+            >>> dlrm_rs.EmbeddingBag(1000, 16, dtype="int8").row_formats()
+            {'embedding_bag': 'int8'}
+        """
+        return {table.name: name for table, name in zip(self._tables.tables, self._tables.row_formats, strict=True)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `fn` is what `.to()`, `.cuda()`, `.half()`, `.share_memory()` and the like do to every tensor of a model. The
@@ -48,10 +63,165 @@ class OwnsTables(nn.Module):
         return self
 
 
-class OwnsTable(OwnsTables):
+class HoldsWeight(nn.Module):
+    """A module that holds the weight of one table, and its place in a state_dict.
+
+    Rows that are numbers are the Parameter `weight`. Quantized rows are `weight_codes`, `weight_scales`, for some
+    `weight_codebook`, and `weight_format`: `(3,)` int64, the version of this layout, the bits of a code, and `D`.
+    """
+
+    # The table; `_place` finds it.
+    _tables: EmbeddingTables
+    _table: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        """What is found nowhere else: of a quantized table's weight, why."""
+        if name == "weight" and "_tables" in self.__dict__ and name not in self._parameters:
+            row_format = self._tables.row_formats[self._table]
+            raise AttributeError(
+                f"weight: expected rows that are numbers, got {row_format}, which torch has no dtype for; look rows "
+                "up, or dlrm_rs.dequantize the module"
+            )
+        return super().__getattr__(name)
+
+    def to_packed(self, layout: str = "fused", row_alignment: int = 1) -> Tensor:
+        """Quantized rows as torch and FBGEMM store them, byte for byte.
+
+        Args:
+            layout: "fused": codes, then scale and bias (float32 for int8, float16 for int4 and int2), as
+                `torch.ops.quantized.embedding_bag_byte_prepack` and its 4-bit and 2-bit kin; "tbe": scale and bias
+                (float16), then codes, as FBGEMM's table-batched embeddings for inference.
+            row_alignment: Rows are filled with zeros up to a multiple of this.
+
+        Returns:
+            `(N, bytes of a row)` uint8.
+
+        Raises:
+            ValueError: Rows that are not quantized, or whose scales or codebook the layout cannot hold as they are.
+
+        Example:
+            >>> import torch, dlrm_rs
+            >>> rows = torch.tensor([[0.0, 1.0, 15.0], [2.0, 2.0, 32.0]])
+            >>> bags = dlrm_rs.EmbeddingBag(2, 3, dtype="int4", _weight=rows)
+            >>> packed = bags.to_packed()
+            >>> torch.equal(packed, torch.ops.quantized.embedding_bag_4bit_prepack(rows))
+            True
+            >>> again = dlrm_rs.EmbeddingBag(2, 3, dtype="int4").load_packed(packed)
+            >>> again(torch.tensor([[1]]))
+            tensor([[ 2.,  2., 32.]])
+        """
+        return torch.from_numpy(self._tables.handle.pack(self._table, layout, row_alignment))
+
+    def load_packed(self, packed: Tensor, layout: str = "fused") -> Self:
+        """Take over rows that torch or FBGEMM has quantized, without requantizing them.
+
+        Args:
+            packed: `(N, bytes of a row)` uint8, as of `to_packed`, in the row format of this table.
+            layout: As of `to_packed`.
+
+        Returns:
+            This module.
+
+        Raises:
+            TypeError: Another dtype.
+            ValueError: Another shape, or a scale or bias that is not finite; the table is as it was then.
+        """
+        name, num_embeddings, embedding_dim, _ = self._tables.tables[self._table]
+        row_format = self._tables.row_formats[self._table]
+        if packed.dim() != 2 or len(packed) != num_embeddings:
+            raise ValueError(
+                f"packed: expected {num_embeddings} rows, (N, bytes of a row), got shape {tuple(packed.shape)}"
+            )
+        array = packed.detach().cpu().contiguous().numpy()
+        rows = TableRows.unpack(name, array, embedding_dim, row_format, layout)
+        self._tables.swap(self._table, rows, row_format)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._tables.row_formats[self._table] in QUANTIZED:
+            parts = self._tables.packed_state(self._table)
+            destination.update({f"{prefix}weight_{part}": tensor for part, tensor in parts.items()})
+            destination[f"{prefix}weight_format"] = torch.tensor(self._format(), device="cpu")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        here = {key[len(prefix) :]: key for key in state_dict if key.startswith(f"{prefix}weight")}
+        parts = {key.removeprefix("weight_"): state_dict[name] for key, name in here.items() if key != "weight"}
+        row_format = self._tables.row_formats[self._table]
+        if row_format in QUANTIZED and "weight" not in here and "format" in parts:
+            self._load_parts(prefix, parts, error_msgs)
+        elif (row_format in QUANTIZED and "weight" in here) or (row_format not in QUANTIZED and "format" in parts):
+            got = "rows that are numbers" if "weight" in here else _described(parts["format"])
+            error_msgs.append(
+                f"{prefix}weight: expected {row_format} rows of dim {self._dim()}, got {got}; load into a module made "
+                "with the checkpoint's row format, then dlrm_rs.quantize or dlrm_rs.dequantize it"
+            )
+        else:  # also where there is nothing, which is then missing
+            if row_format in QUANTIZED:
+                missing_keys.extend(f"{prefix}weight_{part}" for part in ("codes", "scales", "format"))
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def _load_parts(self, prefix: str, parts: dict[str, Any], error_msgs: list[str]) -> None:
+        if not all(isinstance(parts.get(part), Tensor) for part in ("format", "codes", "scales")):
+            error_msgs.append(
+                f"{prefix}weight: expected tensors weight_format, weight_codes and weight_scales, got "
+                f"{ {part: type(value).__name__ for part, value in parts.items()} }"
+            )
+        elif parts["format"].tolist() != self._format():
+            expected = _described(torch.tensor(self._format()))
+            error_msgs.append(f"{prefix}weight: expected {expected}, got {_described(parts['format'])}")
+        else:
+            try:
+                self._tables.load_packed_state(self._table, parts)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}weight: {error}")
+
+    def _format(self) -> list[int]:
+        bits = int(self._tables.row_formats[self._table].removeprefix("int"))
+        return [_STATE_VERSION, bits, self._dim()]
+
+    def _dim(self) -> int:
+        return self._tables.tables[self._table].embedding_dim
+
+
+# Of the layout of quantized rows in a state_dict.
+_STATE_VERSION = 1
+
+
+def _described(row_format: Any) -> str:
+    """What `weight_format` says, in words."""
+    values = row_format.tolist() if isinstance(row_format, Tensor) else row_format
+    if not isinstance(values, list) or len(values) != 3:
+        return f"a weight_format of {values}"
+    version, bits, dim = values
+    return f"int{bits} rows of dim {dim} in version {version} of their layout"
+
+
+class OwnsTable(HoldsWeight, OwnsTables):
     """A module with one table, whose attributes are those of torch's module of the same name."""
 
     padding_idx: int | None
+    embedding_dim: int
+
+    def reset_parameters(self) -> None:
+        """Fill the table from N(0, 1), the padding row with zeros."""
+        self._tables.initialize(0, self._fill)
+
+    def _fill(self, rows: Tensor, first: int) -> None:
+        nn.init.normal_(rows)
+        if self.padding_idx is not None and first <= self.padding_idx < first + len(rows):
+            rows[self.padding_idx - first].zero_()
 
     def _check_feature(self, pooling: str) -> None:
         # torch reads these attributes at every call, so a user may change them; the engine got them with the table.
@@ -65,13 +235,20 @@ class OwnsTable(OwnsTables):
     def extra_repr(self) -> str:
         """What the module prints of itself."""
         text = super().extra_repr()
+        row_format = self._tables.row_formats[0]
+        if row_format != "fp32":
+            text += f", dtype={row_format}"
         if self.fused_optimizer is not None:
             text += f", optimizer={self.fused_optimizer.defaults['algorithm']}"
         return text
 
 
 def single_table(
-    module: nn.Embedding | nn.EmbeddingBag, name: str, row_format: str, optimizer: OptimizerSpec | None
+    module: nn.Embedding | nn.EmbeddingBag,
+    name: str,
+    row_format: str,
+    optimizer: OptimizerSpec | None,
+    output_dtype: torch.dtype,
 ) -> EmbeddingTables:
     """The table of a module that has torch's attributes; a weight that it has already is adopted.
 
@@ -80,11 +257,12 @@ def single_table(
         name: The table's name in messages.
         row_format: How a row is stored.
         optimizer: The fused optimizer, or None.
+        output_dtype: Of what lookups give.
     """
     table = TableSpec(name, module.num_embeddings, module.embedding_dim, row_format)
     pooling = module.mode if isinstance(module, nn.EmbeddingBag) else "none"
     padding_idx = check_padding_idx(module.padding_idx, module.num_embeddings)
-    return EmbeddingTables([table], [FeatureSpec(0, pooling, padding_idx)], [module], optimizer)
+    return EmbeddingTables([table], [FeatureSpec(0, pooling, padding_idx)], [module], optimizer, output_dtype)
 
 
 # torch changes a model module by module, so it cannot be refused as a whole.
@@ -94,8 +272,8 @@ _BEFORE = "modules that come before this one in the model may have changed alrea
 def _refuse_change(probe: Tensor) -> None:
     if probe.dtype is not torch.float32:
         raise TypeError(
-            f"dtype: expected the tables to stay torch.float32, got a change to {probe.dtype}; convert the other "
-            f"modules of the model one by one; {_BEFORE}"
+            f"dtype: expected the tables to keep their row format, got a change to {probe.dtype}; dlrm_rs.quantize "
+            f"changes it, and other modules of the model can be converted one by one; {_BEFORE}"
         )
     if probe.is_meta:
         raise ValueError(

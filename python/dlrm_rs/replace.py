@@ -7,6 +7,7 @@ an optimizer that was made over `model.parameters()` goes on working.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -14,11 +15,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dlrm_rs.arguments import check_table_weight, row_format
+from dlrm_rs.arguments import check_table_weight
 from dlrm_rs.embedding import Embedding
 from dlrm_rs.embedding_bag import EmbeddingBag
 from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.owner import OwnsTables, single_table
+from dlrm_rs.row_formats import TORCH_DTYPES, row_format
 
 __all__ = ["replace_embeddings"]
 
@@ -50,7 +52,8 @@ def replace_embeddings(
 
     Args:
         model: Any module, an embedding itself included. It is changed, and returned.
-        dtype: How a row is stored: None, `torch.float32` or "fp32".
+        dtype: How a row is stored, as of `dlrm_rs.EmbeddingBag`: "int8" takes a quarter of the bytes. None leaves the
+            dtype of the weights. Outputs keep that in any case, so that the rest of the model sees no difference.
         optimizer: One of `dlrm_rs.optim`, for every embedding: backward then updates the rows itself. None leaves the
             update to torch's optimizers.
 
@@ -58,9 +61,11 @@ def replace_embeddings(
         `model`.
 
     Raises:
-        TypeError: A weight that is not float32, or a subclass of torch's embeddings, whose behaviour is its own.
+        TypeError: A weight that is not of a floating dtype of the engine's, or a subclass of torch's embeddings, whose
+            behaviour is its own.
         ValueError: No embedding in the model, or one that cannot be replaced as it is: on another device, with hooks
-            that compute its weight, in shared memory, or sharing its memory with another.
+            that compute its weight, in shared memory, sharing its memory with another, or with a NaN or an infinity
+            where rows are to be quantized.
         MemoryError: A table cannot be allocated. In all cases the model works as it did.
 
     Example:
@@ -75,18 +80,24 @@ def replace_embeddings(
         >>> model(torch.tensor([[3, 4]])).sum().backward()
         >>> optimizer.step()
     """
-    format_name = row_format("dtype", dtype)
+    format_of = functools.partial(row_format, "dtype")
+    format_of(dtype)  # if it is none, then rather now
     found = _embeddings(model)
     owners = _owners(model)
     for name, module in found:
         _check_module(name, module)
-        _check_sharing(name, module, owners, fused=optimizer is not None)
+        same = TORCH_DTYPES.get(format_of(dtype or module.weight.dtype)) is module.weight.dtype
+        _check_sharing(name, module, owners, alone=optimizer is not None or not same)
     # From here on only memory can run out. A Parameter that has moved by then serves torch's module as it did before.
-    tables = [single_table(module, name, format_name, optimizer) for name, module in found]
+    tables = [
+        single_table(module, name, format_of(dtype or module.weight.dtype), optimizer, module.weight.dtype)
+        for name, module in found
+    ]
     for (_, module), table in zip(found, tables, strict=True):
         module.padding_idx = table.features[0].padding_idx
         module.__dict__["_tables"] = table
-        module.__class__ = _REPLACEMENTS[type(module)]  # last: with all that it needs, should Ctrl-C come between
+        module.__class__ = _REPLACEMENTS[type(module)]  # with all that it needs, should Ctrl-C come between
+        table.release()
     return model
 
 
@@ -124,9 +135,12 @@ def _check_module(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
 
 
 def _check_sharing(
-    name: str, module: nn.Embedding | nn.EmbeddingBag, owners: Mapping[int, Sequence[_Owner]], *, fused: bool
+    name: str, module: nn.Embedding | nn.EmbeddingBag, owners: Mapping[int, Sequence[_Owner]], *, alone: bool
 ) -> None:
-    """Refuse ties that would break: a Parameter that moves takes its owners along, not other views of its memory."""
+    """Refuse ties that would break: a Parameter that moves takes its owners along, not other views of its memory.
+
+    `alone` is for tables of which no other owner could go on using the Parameter.
+    """
     for other_name, other, tensor in owners.get(_memory(module.weight), ()):
         if other is module:
             continue
@@ -134,10 +148,11 @@ def _check_sharing(
             raise ValueError(
                 f"weight of {name!r}: expected memory of its own, got memory that {other_name!r} views too"
             )
-        if fused or isinstance(other, nn.Embedding | nn.EmbeddingBag):
+        if alone or isinstance(other, nn.Embedding | nn.EmbeddingBag):
             raise ValueError(
-                f"weight of {name!r}: expected no other owner with a fused optimizer, nor another embedding without, "
-                f"got {other_name!r} as well; embeddings can share a table by being one module"
+                f"weight of {name!r}: expected no other owner with a fused optimizer or another row format, nor "
+                f"another embedding without, got {other_name!r} as well; embeddings can share a table by being one "
+                "module"
             )
 
 

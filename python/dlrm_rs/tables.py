@@ -4,8 +4,8 @@ Owns the agreement of torch and engine on where a table's rows are. The engine o
 Parameter over it. torch lets anyone put other memory behind a Parameter, or another Parameter in its place
 (`m.weight.data = x`, `m.weight = nn.Parameter(x)`, `load_state_dict(assign=True)`, `deepcopy`, `pickle`). So every
 forward compares where the weights are, and memory that is not the engine's is adopted: its content is copied into the
-engine's, and the Parameter pointed back at that. Does not know autograd, bags, or features beyond passing them to the
-engine.
+engine's, and the Parameter pointed back at that. A table of quantized rows has no Parameter, since torch has no dtype
+for them. Does not know autograd, bags, or features beyond passing them to the engine.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import os
 import threading
 import weakref
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-from dlrm_rs._dlrm_rs import TableSet
+from dlrm_rs._dlrm_rs import TableRows, TableSet
 from dlrm_rs.arguments import check_size, check_table_weight
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
+from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_tensor
 
-__all__ = ["EmbeddingTables", "FeatureSpec", "Memory", "TableSpec"]
+__all__ = ["Displaced", "EmbeddingTables", "FeatureSpec", "Memory", "TableSpec"]
 
 
 class TableSpec(NamedTuple):
@@ -44,6 +45,14 @@ class FeatureSpec(NamedTuple):
     table: int
     pooling: str
     padding_idx: int | None
+
+
+class Displaced(NamedTuple):
+    """What was in a table before other rows took its place: with it they can be put back."""
+
+    rows: TableRows
+    row_format: str
+    weight: nn.Parameter | None
 
 
 class _Layouts(NamedTuple):
@@ -67,19 +76,41 @@ class Memory:
     """
 
     def __init__(self, handle: TableSet, count: int) -> None:
-        weights = [torch.from_numpy(handle.weight(table)) for table in range(count)]
-        states = [torch.from_numpy(state) for table in range(count) for state in handle.optimizer_state(table).values()]
         self.handle = handle
-        self.layouts = _layouts(weights)
+        self.layouts = _layouts([self._home(table) for table in range(count)])
+        self._count = count
+        self._rows: list[weakref.ref[NDArray[Any]] | None] = [None] * count
+        self._find_spans()
+
+    def _home(self, table: int) -> Tensor:
+        """The rows of a table, `(N, D)`; of a quantized one, what stands in for its weight."""
+        quantized = self.handle.row_format(table) in QUANTIZED
+        return _NO_WEIGHT if quantized else as_tensor(self.handle.weight(table))
+
+    def _find_spans(self) -> None:
+        weights = [self._home(table) for table in range(self._count)]
+        states = [
+            torch.from_numpy(state)
+            for table in range(self._count)
+            for state in self.handle.optimizer_state(table).values()
+        ]
         spans = sorted(_span(tensor) for tensor in (*weights, *states) if tensor.numel())
         self._starts, self._ends = [span[0] for span in spans], [span[1] for span in spans]
-        self._rows: list[weakref.ref[NDArray[np.float32]] | None] = [None] * count
+
+    def moved(self, table: int) -> None:
+        """Look where the rows of a table are now, since others have been put in their place."""
+        home = self._home(table)
+        self.layouts.addresses[table] = home.data_ptr()
+        self.layouts.elements[table] = home.numel()
+        self.layouts.strides[table] = home.stride()
+        self._rows[table] = None
+        self._find_spans()
 
     def view(self, table: int) -> Tensor:
         """The rows of a table, `(N, D)`, as the data of its weight; it keeps the memory alive."""
         rows = self.handle.weight(table)
         self._rows[table] = weakref.ref(rows)
-        return torch.from_numpy(rows)
+        return as_tensor(rows)
 
     def is_viewed(self, table: int) -> bool:
         """Whether the last `view` of a table, or a tensor made of it, still exists."""
@@ -96,6 +127,12 @@ class Memory:
 # Whose the engine's memory at an address is, or was: a table's rows must not be the weight of another table too.
 _OWNERS: weakref.WeakValueDictionary[int, EmbeddingTables] = weakref.WeakValueDictionary()
 
+# Stands in for the weight of a table of quantized rows: empty, and never trained.
+_NO_WEIGHT = nn.Parameter(torch.empty(0, device="cpu"), requires_grad=False)
+
+# Rows are made a few MB at a time where a table has no weight to make them in.
+_CHUNK_ELEMENTS = 1 << 20
+
 # Held while weights are adopted: the first forward after a change may come from several threads at once. Re-entrant, as
 # a signal handler may look up, and never held by another thread at a fork, whose child could not release it.
 _ADOPTING = threading.RLock()
@@ -109,19 +146,24 @@ class EmbeddingTables:
         tables: The tables, `T` of them.
         features: What looks them up, in the order of the output.
         owners: For each table the module that holds its `weight`. A weight that is there is adopted: the Parameter
-            stays the same object, its content moves into the engine's memory. Otherwise one of zeros is registered.
+            stays the same object, its content moves into the engine's memory, in the table's row format. (Where that is
+            a quantized one, the owner keeps its Parameter until `release`.) Otherwise one of zeros is registered.
         optimizer: The fused optimizer, or None.
+        output_dtype: Of what lookups give.
 
     Attributes:
         memory: The engine's tables and where they are.
+        row_formats: How the rows of every table are stored.
         optimizer: The fused optimizer, or None.
+        output_dtype: Of what lookups give.
         width: Columns of the pooled output: the sum of the features' `D`.
         pooled: Whether there is one output row per bag, rather than one per id.
         pools_by_max: Whether any feature does.
 
     Raises:
-        TypeError: A weight is not float32, or `optimizer` is not one of `dlrm_rs.optim`.
-        ValueError: A weight is not of the table's shape, or a table or feature makes no sense.
+        TypeError: A weight is not of a floating dtype, or `optimizer` is not one of `dlrm_rs.optim`.
+        ValueError: A weight is not of the table's shape, or has numbers that the row format cannot hold, or a table or
+            feature makes no sense.
         MemoryError: The tables cannot be allocated.
     """
 
@@ -133,6 +175,7 @@ class EmbeddingTables:
         features: Sequence[FeatureSpec],
         owners: Sequence[nn.Module],
         optimizer: OptimizerSpec | None,
+        output_dtype: torch.dtype = torch.float32,
     ) -> None:
         if optimizer is not None and not isinstance(optimizer, OptimizerSpec):
             raise TypeError(
@@ -143,23 +186,34 @@ class EmbeddingTables:
             check_size(f"embedding_dim of table {name!r}", embedding_dim)
         self.tables = tuple(tables)
         self.features = tuple(features)
+        self.row_formats = [table.row_format for table in tables]
+        self.output_dtype = output_dtype
         self.width = sum(tables[feature.table].embedding_dim for feature in features)
         self.pooled = all(feature.pooling != "none" for feature in features)
         self.pools_by_max = any(feature.pooling == "max" for feature in features)
         self.optimizer: FusedOptimizer | None = None
         # The dictionaries in which the owners keep `weight`: a tenth of the cost of asking the modules.
-        self._slots = [owner._parameters for owner in owners]
-        for table, owner in enumerate(owners):
-            weight = owner._parameters.get("weight")
+        self._parameters = [owner._parameters for owner in owners]
+        present = [parameters.get("weight") for parameters in self._parameters]
+        for table, weight in enumerate(present):
             if weight is not None:
-                self._check_weight(table, weight)
+                self._check_weight(table, weight, any_dtype=True)
+        self._slots = [self._slot(table) for table in range(len(tables))]
         self._algorithm = optimizer.algorithm if optimizer else None
-        self.memory = self._allocate()
+        handle = self._new_handle()
+        for table, weight in enumerate(present):
+            if weight is not None and weight.dtype is not TORCH_DTYPES.get(self.row_formats[table]):
+                handle.swap_rows(table, self._encoded(table, weight))
+        self.memory = self._memory_of(handle)
         # Lest the weights are made in inference mode, in which they could not be trained.
         with torch.inference_mode(False):
-            for table, owner in enumerate(owners):
-                if owner._parameters.get("weight") is None:
-                    owner.register_parameter("weight", nn.Parameter(self.memory.view(table)))
+            for table, weight in enumerate(present):
+                if self.row_formats[table] in QUANTIZED:
+                    continue
+                if weight is None:
+                    owners[table].register_parameter("weight", nn.Parameter(self.memory.view(table)))
+                elif weight.dtype is not TORCH_DTYPES[self.row_formats[table]]:
+                    weight.data = self.memory.view(table)
         weights = self.weights()
         if optimizer:
             self.optimizer = FusedOptimizer(optimizer, weights, self._states(self.memory))
@@ -195,23 +249,43 @@ class EmbeddingTables:
                 "put a computed tensor in its place, which a table in the engine's memory cannot be"
             ) from None
 
-    def _allocate(self) -> Memory:
+    def _slot(self, table: int) -> dict[str, nn.Parameter | None]:
+        """Where to find the weight of a table."""
+        return {"weight": _NO_WEIGHT} if self.row_formats[table] in QUANTIZED else self._parameters[table]
+
+    def _new_handle(self) -> TableSet:
         """Tables and state of zeros."""
-        handle = TableSet(self.tables, self.features)
+        tables = zip(self.tables, self.row_formats, strict=True)
+        handle = TableSet([(*table[:3], row_format) for table, row_format in tables], self.features)
         if self._algorithm is not None:
             handle.set_optimizer(self._algorithm)
+        return handle
+
+    def _memory_of(self, handle: TableSet) -> Memory:
+        """Make the tables of `handle` those that the weights are compared with."""
         memory = Memory(handle, len(self.tables))
+        self._own(memory)
+        return memory
+
+    def _own(self, memory: Memory) -> None:
         # An address may come again after its table is gone, so `_check_weight` asks the owner if it is still there.
         _OWNERS.update({address: self for address in memory.layouts.addresses if address})
-        return memory
 
     def _states(self, memory: Memory) -> list[dict[str, Tensor]]:
         states = (memory.handle.optimizer_state(table) for table in range(len(self.tables)))
         return [{name: torch.from_numpy(array) for name, array in state.items()} for state in states]
 
-    def _check_weight(self, table: int, weight: Tensor) -> None:
+    def _encoded(self, table: int, source: Tensor) -> TableRows:
+        """Rows in the table's format, made of a tensor `(N, D)`."""
+        row_format = self.row_formats[table]
+        method = METHODS.get(row_format, "minmax")
+        array = source.detach().float().contiguous().numpy()
+        return TableRows.encode(self.tables[table].name, array, row_format, method, None, False)[0]
+
+    def _check_weight(self, table: int, weight: Tensor, any_dtype: bool = False) -> None:
         name, *shape, _ = self.tables[table]
-        check_table_weight(f"weight of table {name!r}", weight, (shape[0], shape[1]))
+        dtype = None if any_dtype else TORCH_DTYPES[self.row_formats[table]]
+        check_table_weight(f"weight of table {name!r}", weight, (shape[0], shape[1]), dtype)
         owner = _OWNERS.get(weight.data_ptr())
         addresses = owner.memory.layouts.addresses if owner else []
         if owner and weight.data_ptr() in addresses:
@@ -234,8 +308,8 @@ class EmbeddingTables:
         # optimizer, or put aside by `torch.func.functional_call`), a tensor of its data, or the weight itself in
         # another order. What it sees must not change, so the tables move to new memory and it keeps the old.
         if any(memory.is_viewed(table) for table in moved):
-            memory = self._allocate()
-            moved = list(range(len(self.tables)))
+            memory = self._memory_of(self._copy_of_quantized(memory.handle))
+            moved = [table for table in range(len(self.tables)) if self.row_formats[table] not in QUANTIZED]
         # A view made in inference mode could not be trained, and a graph of this copy would be of no use.
         with torch.inference_mode(False), torch.no_grad():
             views = [memory.view(table).copy_(weights[table]) for table in moved]
@@ -247,14 +321,145 @@ class EmbeddingTables:
                 weights[table].data = view
         self.memory = memory
 
+    def _copy_of_quantized(self, handle: TableSet) -> TableSet:
+        """A new handle, with those tables of `handle` that have no weight."""
+        copy = self._new_handle()
+        for table, row_format in enumerate(self.row_formats):
+            if row_format in QUANTIZED:
+                codes, scales, codebook = handle.codes(table), handle.scales(table), handle.codebook(table)
+                name, _, embedding_dim, _ = self.tables[table]
+                rows = TableRows.from_parts(name, embedding_dim, row_format, codes, scales, codebook)
+                copy.swap_rows(table, rows)
+        return copy
+
+    def release(self) -> None:
+        """Take the Parameters of tables of quantized rows away from their owners, which no longer read them."""
+        for table, row_format in enumerate(self.row_formats):
+            if row_format in QUANTIZED:
+                self._parameters[table].pop("weight", None)
+
+    def swap(self, table: int, rows: TableRows, row_format: str) -> Displaced:
+        """Put other rows in the place of a table's.
+
+        The Parameter stays the same object as long as the rows are numbers; quantized ones have none.
+
+        Args:
+            table: The table.
+            rows: `(N, D)`, which are gone from there then.
+            row_format: Of the rows.
+
+        Returns:
+            What was there, to be dropped or put back by `restore`.
+
+        Raises:
+            ValueError: Rows of another shape, or quantized ones for a table that a fused optimizer trains.
+        """
+        weight = self._parameters[table].get("weight")
+        return self._put(table, Displaced(rows, row_format, weight))
+
+    def restore(self, table: int, displaced: Displaced) -> None:
+        """Put back what `swap` has displaced."""
+        self._put(table, displaced)
+
+    def _put(self, table: int, new: Displaced) -> Displaced:
+        self.weights()  # what the user has put into a weight is to be in the engine, for it leaves with the rows
+        with _ADOPTING, torch.inference_mode(False), torch.no_grad():
+            parameters, memory = self._parameters[table], self.memory
+            weight = parameters.get("weight")
+            if weight is not None:
+                increment_version([weight])  # a backward that still needs these rows is to notice
+            displaced = Displaced(memory.handle.swap_rows(table, new.rows), self.row_formats[table], weight)
+            self.row_formats[table] = new.row_format
+            memory.moved(table)
+            self._own(memory)
+            if new.row_format in QUANTIZED:
+                parameters.pop("weight", None)
+            else:
+                view = memory.view(table)
+                if new.weight is None:
+                    parameters["weight"] = nn.Parameter(view)
+                else:
+                    new.weight.grad = None
+                    new.weight.data = view
+                    parameters["weight"] = new.weight
+            self._slots[table] = self._slot(table)
+            return displaced
+
+    def load(self, table: int, source: Tensor) -> None:
+        """Copy rows, `(N, D)` of a floating dtype, into a table.
+
+        Raises:
+            ValueError: They have numbers that the row format cannot hold.
+        """
+        if self.row_formats[table] in QUANTIZED:
+            self.swap(table, self._encoded(table, source), self.row_formats[table])
+        else:
+            self.weights()[table].detach().copy_(source.detach())
+
+    def initialize(self, table: int, fill: Callable[[Tensor, int], Any], *, whole: bool = False) -> None:
+        """Fill a table.
+
+        Args:
+            table: The table.
+            fill: Called with some rows, `(n, D)`, and the number of the first: writes them in place.
+            whole: Whether `fill` wants all rows at once.
+        """
+        _, num_embeddings, embedding_dim, _ = self.tables[table]
+        with torch.no_grad():
+            if self.row_formats[table] not in QUANTIZED:
+                fill(self.weights()[table], 0)
+                return
+            chunk = num_embeddings if whole else max(_CHUNK_ELEMENTS // embedding_dim, 1)
+            for first in range(0, num_embeddings, max(chunk, 1)):
+                rows = torch.empty(min(chunk, num_embeddings - first), embedding_dim, device="cpu")
+                fill(rows, first)
+                self.handle.write_rows(table, first, rows.numpy())
+
+    def drop_optimizer(self) -> None:
+        """Give the fused optimizer and its state up."""
+        if self.optimizer is not None:
+            self.handle.clear_optimizer()
+            self.optimizer = self._algorithm = None
+
     def __getstate__(self) -> dict[str, Any]:
-        # The memory stays behind: the weights and the optimizer's state are copied by the modules that hold them.
-        return {name: value for name, value in self.__dict__.items() if name != "memory"}
+        # The memory stays behind: the weights and the optimizer's state are copied by the modules that hold them, and
+        # rows without a weight go along here.
+        state = {name: value for name, value in self.__dict__.items() if name != "memory"}
+        quantized = [table for table, row_format in enumerate(self.row_formats) if row_format in QUANTIZED]
+        return {**state, "packed": {table: self.packed_state(table) for table in quantized}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        packed = state.pop("packed")
         self.__dict__.update(state)
-        self.memory = self._allocate()
+        self.memory = self._memory_of(self._new_handle())
+        for table, parts in packed.items():
+            self.load_packed_state(table, parts)
         self.weights()
+
+    def packed_state(self, table: int) -> dict[str, Tensor]:
+        """A table of quantized rows as tensors of its own.
+
+        Returns:
+            `"codes"`, `(N, bytes of a row)` uint8; `"scales"`, `(N, 2)` float16, bfloat16 or float32: scale and bias of
+            every row; and `"codebook"`, `(16,)` float32, where codes of 4 bits mean other numbers than their own.
+        """
+        handle = self.handle
+        state = {"codes": as_tensor(handle.codes(table)).clone(), "scales": as_tensor(handle.scales(table)).clone()}
+        codebook = handle.codebook(table)
+        return state if codebook is None else {**state, "codebook": torch.from_numpy(codebook)}
+
+    def load_packed_state(self, table: int, state: dict[str, Tensor]) -> None:
+        """Copy what `packed_state` gave into a table of the same row format.
+
+        Raises:
+            TypeError: A tensor of another dtype.
+            ValueError: A tensor of another shape, scales that are not finite, or a codebook that cannot be.
+        """
+        name, _, embedding_dim, _ = self.tables[table]
+        row_format, codebook = self.row_formats[table], state.get("codebook")
+        codes, scales = (as_array(state[part].contiguous()) for part in ("codes", "scales"))
+        numbers = None if codebook is None else codebook.tolist()
+        self.swap(table, TableRows.from_parts(name, embedding_dim, row_format, codes, scales, numbers), row_format)
 
     def __repr__(self) -> str:
         return f"EmbeddingTables({len(self.tables)} tables, {len(self.features)} features)"

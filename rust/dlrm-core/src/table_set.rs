@@ -143,7 +143,7 @@ impl TableSet {
 
     /// Puts rows of the same number and dim in the place of those of a table, and gives these back.
     ///
-    /// A table with an optimizer, which needs fp32 rows, takes no others.
+    /// An optimizer's state stays; only fp32 rows are updated, so [`TableSet::update`] refuses others.
     pub fn swap_rows(&self, table: usize, rows: TableRows) -> Result<TableRows> {
         self.tables.write(|tables| {
             let Table { spec, rows: present, .. } = &mut tables[table];
@@ -152,10 +152,6 @@ impl TableSet {
                 let argument = format!("rows of table '{}'", spec.name);
                 let [expected, got] = [expected, (rows.rows, rows.dim)].map(|(n, d)| format!("{n} x {d}"));
                 return Err(Error::argument(argument, expected, got));
-            }
-            if let Some(kind) = self.optimizer().filter(|_| rows.format != RowFormat::Fp32) {
-                let got = format!("{} rows for a table that {kind} trains", rows.format);
-                return Err(Error::argument(format!("rows of table '{}'", spec.name), "fp32 rows", got));
             }
             Ok(std::mem::replace(present, rows))
         })?

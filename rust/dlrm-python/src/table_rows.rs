@@ -95,8 +95,7 @@ impl TableRows {
         });
         let codebook = codebook.transpose()?;
         let (codes, pairs) = (codes.as_slice()?, scales.bytes()?);
-        let made =
-            call(py, |ctx| dlrm_core::TableRows::from_parts(&spec, codes, pairs, codebook.as_ref(), ctx))?;
+        let made = call(py, |_| dlrm_core::TableRows::from_parts(&spec, codes, pairs, codebook.as_ref()))?;
         Ok(Self::new(made))
     }
 }

@@ -1,0 +1,312 @@
+"""`quantize` and `dequantize`: the tables of a model brought into another row format, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
+
+from dlrm_rs._dlrm_rs import TableRows
+from dlrm_rs.owner import OwnsTables
+from dlrm_rs.quantization.budget import Budget, Choice, TableSizes
+from dlrm_rs.quantization.progress import Progress, progress_bar
+from dlrm_rs.quantization.report import QuantizationReport, ReportBuilder, TableChange
+from dlrm_rs.quantization.row_errors import row_weights
+from dlrm_rs.quantization.search import choose_formats
+from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, row_format
+from dlrm_rs.tables import Displaced, EmbeddingTables
+
+__all__ = ["dequantize", "quantize"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# Bytes of a row's scale and bias, float16 or bfloat16.
+_PAIR_BYTES = 4
+
+
+class _Table(NamedTuple):
+    """A table of the model, by the name that it has there."""
+
+    name: str
+    tables: EmbeddingTables
+    place: int
+
+    @property
+    def row_format(self) -> str:
+        return self.tables.row_formats[self.place]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        _, num_embeddings, embedding_dim, _ = self.tables.tables[self.place]
+        return num_embeddings, embedding_dim
+
+    def bytes_in(self, row_format: str) -> int:
+        """What rows take in a format that they are quantized to."""
+        num_embeddings, embedding_dim = self.shape
+        if row_format in TORCH_DTYPES:
+            return num_embeddings * embedding_dim * TORCH_DTYPES[row_format].itemsize
+        bits = int(row_format.removeprefix("int"))
+        return num_embeddings * (-(-embedding_dim * bits // 8) + _PAIR_BYTES)
+
+    def bytes_now(self) -> int:
+        sizes = self.tables.handle.memory_report()[self.place]
+        return sizes["payload"] + sizes["scales"]
+
+
+class _Encoded(NamedTuple):
+    """Rows in their new format, and what they lost."""
+
+    rows: TableRows
+    errors: NDArray[np.float32]
+    largest_error: float
+
+
+class _Encoding(NamedTuple):
+    """How rows are encoded, beside their format."""
+
+    method: str | None
+    scale_format: str | None
+    zero_nonfinite: bool
+
+    def encode(self, table: _Table, row_format: str) -> _Encoded:
+        table.tables.weights()  # what the user has put into a weight is to be in the engine
+        method = self.method or METHODS.get(row_format, "minmax")
+        encoded = table.tables.handle.encode(table.place, row_format, method, self.scale_format, self.zero_nonfinite)
+        return _Encoded(*encoded)
+
+
+def quantize(
+    module: nn.Module,
+    dtype: torch.dtype | str = "int8",
+    *,
+    method: str | None = None,
+    scale_dtype: torch.dtype | None = None,
+    nonfinite: str = "error",
+    weights: Mapping[str, ArrayLike] | None = None,
+    budget: Budget | None = None,
+    progress: bool | None = None,
+) -> QuantizationReport:
+    """Bring the tables of a model into another row format, in place and on all threads.
+
+    The rows are those that the tables have now; each is encoded by itself. `weight` is no Parameter of the model any
+    more where rows are quantized, and a fused optimizer is given up with its state: quantize a model that is trained.
+
+    Memory: the new rows, beside the old ones until all are made. Where that does not fit, every table is encoded twice,
+    once to see that it can be, and the old rows are freed table by table.
+
+    Args:
+        module: A model with tables of `dlrm_rs` in it.
+        dtype: The row format: "int8", "int4", "int2", "fp16", "bf16" or their torch dtype.
+        method: How scale and bias of a row are found. "minmax": from its smallest and largest element. "lsq": least
+            squares, from several starts, never worse than "minmax"; slower. "codebook", for int4: likewise, with 16
+            numbers of the table's own in place of evenly spaced ones, the best for heavy-tailed rows. None for "minmax"
+            with int8 and "lsq" with int4 and int2.
+        scale_dtype: How scale and bias are stored. None for float16, or bfloat16 where that does not hold those of
+            every row of the table with its usual precision. `torch.float32` gives int8 rows the bytes of torch's
+            prepack.
+        nonfinite: What a NaN or an infinity is: an "error", or "zero".
+        weights: For every table by its name in the model, how often each row is used, `(N,)`: weighs the errors of the
+            report.
+        budget: Has the row format of each table chosen, by what it does to the user's metric. Then `dtype` counts for
+            nothing.
+        progress: Whether to show a progress bar (with rich, of the extra `dlrm_rs[demo]`); None for one on a terminal,
+            when it takes long.
+
+    Returns:
+        Bytes and errors, per table and in all.
+
+    Raises:
+        ValueError: No tables of `dlrm_rs` in the model; a NaN or an infinity in a row, or a number that the row format
+            cannot hold, by table and row; options that do not go together; weights that do not fit the tables.
+        TypeError: There is no such row format.
+        MemoryError: Not enough for the rows of one more table. In all cases the model is as it was.
+
+    Example:
+        >>> import torch, dlrm_rs
+        >>> bags = dlrm_rs.EmbeddingBag(1000, 64, mode="sum")
+        >>> report = dlrm_rs.quantize(bags, "int8")
+        >>> report.total.bytes_before, report.total.bytes_after
+        (256000, 68000)
+        >>> report.total.error_mean < 0.006
+        True
+        >>> bags(torch.tensor([[1, 2]])).shape
+        torch.Size([1, 64])
+    """
+    tables = _tables_of(module)
+    formats = dict.fromkeys((table.name for table in tables), row_format("dtype", dtype))
+    encoding = _Encoding(method, _scale_format(scale_dtype), _zero_nonfinite(nonfinite))
+    used = _check_weights(weights, tables)
+    choice = None
+    with progress_bar(progress, sum(table.bytes_now() for table in tables)) as bar:
+        if budget is not None:
+            choice = _choose(module, tables, budget, encoding, bar)
+            formats = dict(choice.formats)
+        report = _apply(tables, formats, encoding, used, choice, bar)
+    for table in tables:
+        table.tables.drop_optimizer()
+    return report
+
+
+def dequantize(module: ModuleT, dtype: torch.dtype | str = "fp32") -> ModuleT:
+    """Give the tables of a model rows that are numbers again, in place: `weight` is a Parameter then.
+
+    What quantization has lost does not come back.
+
+    Args:
+        module: A model with tables of `dlrm_rs` in it.
+        dtype: The row format: "fp32", "fp16", "bf16" or their torch dtype.
+
+    Returns:
+        `module`.
+
+    Raises:
+        ValueError: No tables of `dlrm_rs` in the model, or numbers that the row format cannot hold.
+        TypeError: There is no such row format, or it is a quantized one.
+        MemoryError: Not enough for the rows of one more table.
+
+    Example:
+        >>> import dlrm_rs
+        >>> bags = dlrm_rs.EmbeddingBag(10, 4, dtype="int8")
+        >>> dlrm_rs.dequantize(bags).weight.dtype
+        torch.float32
+    """
+    name = row_format("dtype", dtype)
+    if name in QUANTIZED:
+        raise TypeError(f"dtype: expected one of {', '.join(map(repr, TORCH_DTYPES))}, got {dtype!r}")
+    tables = _tables_of(module)
+    formats = dict.fromkeys((table.name for table in tables), name)
+    with progress_bar(None, sum(table.bytes_now() for table in tables)) as bar:
+        _apply(tables, formats, _Encoding(None, None, False), {}, None, bar)
+    return module
+
+
+def _tables_of(module: nn.Module) -> list[_Table]:
+    """Every table of a model, once, by its name there: the module's, and in a collection the table's after it."""
+    found: dict[int, list[_Table]] = {}
+    for name, owner in module.named_modules():
+        if isinstance(owner, OwnsTables):
+            tables = owner._tables
+            single = len(tables.tables) == 1 and isinstance(owner, nn.Embedding | nn.EmbeddingBag)
+            names = [name or spec.name if single else f"{name}.{spec.name}".lstrip(".") for spec in tables.tables]
+            of_owner = [_Table(table_name, tables, place) for place, table_name in enumerate(names)]
+            found.setdefault(id(tables), of_owner)
+    if not found:
+        raise ValueError(
+            "module: expected a model with tables of dlrm_rs, got none; dlrm_rs.replace_embeddings brings those of "
+            "torch into the engine"
+        )
+    return [table for tables in found.values() for table in tables]
+
+
+def _scale_format(scale_dtype: torch.dtype | None) -> str | None:
+    for name, dtype in TORCH_DTYPES.items():
+        if scale_dtype is dtype:
+            return name
+    if scale_dtype is not None:
+        raise TypeError(f"scale_dtype: expected None or one of {list(TORCH_DTYPES.values())}, got {scale_dtype}")
+    return None
+
+
+def _zero_nonfinite(nonfinite: str) -> bool:
+    if nonfinite not in ("error", "zero"):
+        raise ValueError(f"nonfinite: expected 'error' or 'zero', got {nonfinite!r}")
+    return nonfinite == "zero"
+
+
+def _check_weights(weights: Mapping[str, ArrayLike] | None, tables: Sequence[_Table]) -> dict[str, NDArray[np.float32]]:
+    if weights is None:
+        return {}
+    names = {table.name for table in tables}
+    if set(weights) != names:
+        raise ValueError(f"weights: expected one array for each table, {sorted(names)}, got {sorted(weights)}")
+    return {table.name: row_weights(table.name, weights[table.name], table.shape[0]) for table in tables}
+
+
+def _apply(
+    tables: Sequence[_Table],
+    formats: Mapping[str, str],
+    encoding: _Encoding,
+    weights: Mapping[str, NDArray[np.float32]],
+    choice: Choice | None,
+    bar: Progress,
+) -> QuantizationReport:
+    """Bring every table into its format, or none at all."""
+    changing = [table for table in tables if table.row_format != formats[table.name] or encoding != _PLAIN]
+    made: dict[str, _Encoded] = {}
+    try:
+        for table in bar.of("Encoding", changing, _bytes_of):
+            made[table.name] = encoding.encode(table, formats[table.name])
+    except MemoryError:
+        made.clear()
+        for table in bar.of("Checking", changing, _bytes_of):
+            encoding.encode(table, formats[table.name])
+    builder = ReportBuilder()
+    for table in bar.of("Replacing", tables, _bytes_of):
+        before, bytes_before = table.row_format, table.bytes_now()
+        errors, largest_error = np.zeros(table.shape[0], np.float32), 0.0
+        if table in changing:
+            encoded = made.pop(table.name, None) or encoding.encode(table, formats[table.name])
+            table.tables.swap(table.place, encoded.rows, formats[table.name])  # what was there is freed
+            errors, largest_error = encoded.errors, encoded.largest_error
+        change = TableChange(table.name, *table.shape, before, table.row_format, bytes_before, table.bytes_now())
+        builder.add(change, errors, largest_error, weights.get(table.name))
+    return builder.build(choice)
+
+
+# Of a table that is in its format already nothing is to be done, unless the user says how it is to be encoded.
+_PLAIN = _Encoding(None, None, False)
+
+
+def _bytes_of(table: _Table) -> int:
+    return table.bytes_now()
+
+
+def _choose(module: nn.Module, tables: Sequence[_Table], budget: Budget, encoding: _Encoding, bar: Progress) -> Choice:
+    """Search for the formats; every table is as it was afterwards."""
+    candidates = [row_format("formats of the budget", name) for name in budget.formats]
+    sizes = [
+        TableSizes(
+            table.name,
+            table.row_format,
+            {**{name: table.bytes_in(name) for name in candidates}, table.row_format: table.bytes_now()},
+        )
+        for table in tables
+    ]
+    with _trying(tables, encoding) as switch, bar.steps("Measuring") as progress:
+
+        def evaluate(formats: Mapping[str, str]) -> float:
+            switch(formats)
+            return float(budget.metric(module))
+
+        return choose_formats(budget, sizes, evaluate, progress)
+
+
+@contextmanager
+def _trying(tables: Sequence[_Table], encoding: _Encoding) -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """A function that brings tables into formats, always from their original rows; these come back at the end."""
+    originals: dict[str, Displaced] = {}
+
+    def switch(table: _Table, row_format: str) -> None:
+        if table.row_format == row_format:
+            return
+        if table.name in originals:
+            table.tables.restore(table.place, originals.pop(table.name))
+        if table.row_format != row_format:
+            encoded = encoding.encode(table, row_format)
+            originals[table.name] = table.tables.swap(table.place, encoded.rows, row_format)
+
+    def switch_all(formats: Mapping[str, str]) -> None:
+        for table in tables:
+            switch(table, formats[table.name])
+
+    try:
+        yield switch_all
+    finally:
+        for table in tables:
+            if table.name in originals:
+                table.tables.restore(table.place, originals.pop(table.name))
