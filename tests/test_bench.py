@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import dlrm_rs
 from dlrm_rs.__main__ import main
-from dlrm_rs.bench import lookup, run
+from dlrm_rs.bench import lookup, quantize, run
 from dlrm_rs.bench.arguments import Arguments
 from dlrm_rs.bench.cases import Case, IdBatch, capped, cases, id_batches
 from dlrm_rs.bench.check import WrongOutputError, check_side
@@ -29,6 +29,7 @@ from dlrm_rs.bench.lookup import CEILING, LookupJob
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.memory import groups
 from dlrm_rs.bench.process import ProcessEndedError, Worker
+from dlrm_rs.bench.quantize import QuantizeJob
 from dlrm_rs.bench.record import Record, comparisons, load_record, save_record
 from dlrm_rs.bench.report import print_report
 from dlrm_rs.bench.rows import Rows, rounding
@@ -37,6 +38,7 @@ from dlrm_rs.bench.sides.ours import NAME, Ours
 from dlrm_rs.bench.timing import Times, time_in_turn
 from dlrm_rs.cli import app
 from dlrm_rs.data.synthetic import SHAPES, Shape
+from dlrm_rs.row_formats import ROW_FORMATS
 
 SMALL = Shape((50, 7, 300), 8, (1, 3, 2), (9,), 1.05)
 EVEN = Shape((50, 7), 8, (1, 1), (9,), 0.0)
@@ -95,7 +97,7 @@ def test_threads_are_checked(value: str) -> None:
 def test_names_are_checked() -> None:
     with pytest.raises(ValueError, match=r"shapes: expected some of KAGGLE, .*, got 'BIG'"):
         Arguments(shapes=("BIG",))
-    with pytest.raises(ValueError, match=r"formats: .*'int5'.*the installed engine does not store such rows"):
+    with pytest.raises(ValueError, match=r"formats: expected some of fp32, .*, got 'int5'"):
         Arguments(formats=("int5",))
 
 
@@ -147,12 +149,18 @@ class Changed:
         return stored
 
 
-def test_ours_is_right_and_found_out_when_wrong() -> None:
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_ours_is_right_and_found_out_when_wrong(row_format: str) -> None:
+    ids, rows = batch(), Rows()
+    ours = Ours(SMALL, row_format, rows)
+    check_side(ours, ids, rows, row_format)
+    with pytest.raises(WrongOutputError, match=r"dlrm_rs \(lookup\): expected .* elements are wrong"):
+        check_side(Changed(ours, "lookup"), ids, rows, row_format)
+
+
+def test_rows_that_were_changed_are_found() -> None:
     ids, rows = batch(), Rows()
     ours = Ours(SMALL, "fp32", rows)
-    check_side(ours, ids, rows, "fp32")
-    with pytest.raises(WrongOutputError, match=r"dlrm_rs \(lookup\): expected .* elements are wrong"):
-        check_side(Changed(ours, "lookup"), ids, rows, "fp32")
     with torch.no_grad():
         ours.collection.get_parameter("embedding_bags.t1.weight")[3] += 1e-6
     with pytest.raises(WrongOutputError, match="dlrm_rs: rows of table 1: expected"):
@@ -198,6 +206,17 @@ def test_a_job_measures_all_sides(threads_stay: None) -> None:
         assert m.times.calls >= 3
         assert m.ours > 0
         assert m.ceiling > 0
+
+
+@pytest.mark.parametrize("row_format", ["int8", "int4"])
+def test_quantization_is_measured(row_format: str, threads_stay: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = QuantizeJob("SINGLE", row_format, (), "plain", (1,), 1000).run()
+    assert [m.side for m in measured] == [NAME, "torch prepack"]
+    for m in measured:
+        assert (m.rows, m.bytes, m.times.calls) == (26_000, 26_000 * 256, 3)
+    monkeypatch.setattr(quantize, "operator", lambda _, action: lambda x: x[:, :64] + 0.5)
+    with pytest.raises(WrongOutputError, match="torch prepack: rows of table 0: expected"):
+        QuantizeJob("SINGLE", row_format, (), "plain", (1,), 1000).run()
 
 
 def test_times_are_in_turn() -> None:

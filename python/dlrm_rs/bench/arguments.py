@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dlrm_rs.arguments import ROW_FORMATS, row_format
 from dlrm_rs.data.synthetic import SHAPES
+from dlrm_rs.row_formats import ROW_FORMATS
 
 FAMILIES = ("lookup", "quantize")
-FORMATS = tuple(name for name in ("fp32", "int8", "int4") if name in ROW_FORMATS)
+FORMATS = ("fp32", "int8", "int4")
 DISTRIBUTIONS = ("uniform", "zipf")
 THREADS = ("1", "all")
 
@@ -29,7 +29,7 @@ class Arguments:
         families: Of "lookup" and "quantize", what is timed.
         shapes: Names from `dlrm_rs.data.SHAPES`.
         batches: Batch sizes; none for those of each shape.
-        formats: Row formats.
+        formats: Row formats that the installed engine stores.
         distributions: Of "uniform" and "zipf", those that a shape has.
         threads: Numbers, or "all" for the CPUs that this process may use.
         seconds: For how long a case is timed, all sides together.
@@ -54,11 +54,7 @@ class Arguments:
         _check_names("families", self.families, FAMILIES)
         _check_names("shapes", self.shapes, tuple(SHAPES))
         _check_names("distributions", self.distributions, DISTRIBUTIONS)
-        for name in self.formats:
-            try:
-                row_format("formats", name)
-            except TypeError as error:
-                raise ValueError(f"{error}: the installed engine does not store such rows") from None
+        _check_names("formats", self.formats, ROW_FORMATS)
         self.thread_counts()
 
     @classmethod

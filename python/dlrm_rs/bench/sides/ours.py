@@ -32,7 +32,7 @@ def _collection(shape: Shape, rows: Rows) -> dlrm_rs.EmbeddingBagCollection:
 
 def quantize(module: nn.Module, row_format: str) -> None:
     """Bring the tables of a module from fp32 into another row format, in place."""
-    dlrm_rs.quantize(module, dtype=row_format, method="minmax")  # type: ignore[attr-defined]
+    dlrm_rs.quantize(module, dtype=row_format, method="minmax", progress=False)
 
 
 class Ours:
