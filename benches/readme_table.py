@@ -33,7 +33,8 @@ def table(record: Record) -> str:
 def _cell(comparison: Comparison) -> str:
     if not comparison.peers:
         return "no peer"
-    return f"{comparison.peers[0].ratio:.2f} ({comparison.peers[0].side})"
+    best = comparison.peers[0]
+    return f"{best.ratio:.2f} ({best.peer.side})"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -48,7 +49,7 @@ def caption(record: Record, source: str) -> str:
     rows = "" if record.arguments.rows is None else f", no table of more than {record.arguments.rows:,} rows"
     return (
         f"The best peer's time over that of dlrm_rs (above 1: dlrm_rs is faster), medians, {threads} threads{rows}; "
-        f"the peer at its best use and environment, in turn with dlrm_rs in one process. `dlrm-rs bench`, "
+        f"both at their best use and environment, in turn in one process. `dlrm-rs bench`, "
         f"{machine['time'][:10]}, {machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB; torch {machine['torch']}, "
         f"FBGEMM {fbgemm or 'not installed'}, commit {(machine['commit'] or 'unknown')[:12]}; `{source}` has the rest."

@@ -13,7 +13,7 @@ from dlrm_rs.bench.check import check_side
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.rows import Rows, row_bytes
 from dlrm_rs.bench.sides import PEERS, Side
-from dlrm_rs.bench.sides.ours import NAME, Ours
+from dlrm_rs.bench.sides.ours import Ours
 from dlrm_rs.bench.timing import Call, Times, time_in_turn
 
 CEILING = "ceiling"
@@ -79,7 +79,6 @@ class LookupJob:
 
     def _measurements(self, case: Case, batch: IdBatch, times: dict[tuple[str, str], Times]) -> Iterator[Measurement]:
         ceiling = times[CEILING, "touch"].median
-        ours = next(timed.median for (side, _), timed in times.items() if side == NAME)
         rows = len(batch.indices)
         dim = capped(self.shape, self.rows).embedding_dim
         for (side, use), timed in times.items():
@@ -93,10 +92,10 @@ class LookupJob:
                 side,
                 use,
                 self.environment,
+                str(self),
                 rows,
                 rows * row_bytes(self.row_format, dim),
                 timed,
-                ours,
                 ceiling,
             )
 

@@ -1,4 +1,4 @@
-"""What is measured: one use of one side in one case, with ours and the ceiling beside it."""
+"""What is measured: one use of one side in one case, with the ceiling beside it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Measurement:
         side: The library.
         use: How it was called.
         environment: What its process was started with.
+        process: What was measured in turn with it: the same words for all of one process.
         rows: Rows read in a call.
         bytes: Bytes of their elements.
         times: What calls took.
-        ours: Median seconds of ours in the same process, in turn with it.
-        ceiling: Those of touching the same rows; 0 where that makes no sense.
+        ceiling: Median seconds of touching the same rows, in turn with it; 0 where nothing is touched.
     """
 
     family: str
@@ -37,21 +37,16 @@ class Measurement:
     side: str
     use: str
     environment: str
+    process: str
     rows: int
     bytes: int
     times: Times
-    ours: float
     ceiling: float
 
     @property
     def case(self) -> tuple[str, str, str, int, str, int]:
         """What it shares with the measurements that it may be compared with."""
         return (self.family, self.shape, self.row_format, self.batch_size, self.ids, self.threads)
-
-    @property
-    def ratio(self) -> float:
-        """Its time over that of ours: how many times as fast ours is."""
-        return self.times.median / self.ours
 
     @property
     def rows_per_second(self) -> float:

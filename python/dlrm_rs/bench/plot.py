@@ -22,7 +22,7 @@ def save_plot(record: Record, path: Path) -> None:
         path: Of the PNG.
     """
     of_run = list(comparisons(record.measurements))
-    names = sorted({peer.side for comparison in of_run for peer in comparison.peers}, key=_place)
+    names = sorted({versus.peer.side for comparison in of_run for versus in comparison.peers}, key=_place)
     bars = sum(1 + len(comparison.peers) for comparison in of_run)
     # A Figure of its own and no pyplot: there is no display to ask for, and no global state to leave behind.
     figure = Figure(figsize=(9, max(3.0, 0.16 * bars)), layout="constrained")
@@ -30,10 +30,11 @@ def save_plot(record: Record, path: Path) -> None:
     at, ticks = 0.0, {}
     for comparison in of_run:
         first = at
-        for peer in comparison.peers:
+        for versus in comparison.peers:
+            colour = _COLOURS[names.index(versus.peer.side) % len(_COLOURS)]
             # From 1 to the left where ours is the slower.
-            bar = axes.barh(at, peer.ratio - 1, left=1, color=_COLOURS[names.index(peer.side) % len(_COLOURS)])
-            axes.bar_label(bar, [f"{peer.ratio:.2f}"], fontsize=6, padding=2)
+            bar = axes.barh(at, versus.ratio - 1, left=1, color=colour)
+            axes.bar_label(bar, [f"{versus.ratio:.2f}"], fontsize=6, padding=2)
             at += 1
         ticks[(first + at - 1) / 2] = _label(comparison.ours)
         at += 1

@@ -78,8 +78,9 @@ class QuantizeJob:
                     cpu[name] += process_time() - before
                     del run
                     gc.collect()  # modules are cycles: the next needs their memory
-            times = {name: Times.of(seconds[name], cpu[name]) for name in seconds}
-            measured += [self._measurement(shape, threads, name, times) for name in times]
+            for name in seconds:
+                times = Times.of(seconds[name], cpu[name])
+                measured.append(self._measurement(shape, threads, name, times))
         return measured
 
     def _ours(self, shape: Shape, rows: Rows) -> Callable[[], None]:
@@ -96,7 +97,7 @@ class QuantizeJob:
         for name, got in stored.items():
             check_rows(name, 0, ids, got, rows, self.row_format)
 
-    def _measurement(self, shape: Shape, threads: int, name: str, times: Mapping[str, Times]) -> Measurement:
+    def _measurement(self, shape: Shape, threads: int, name: str, times: Times) -> Measurement:
         count = sum(shape.num_embeddings)
         return Measurement(
             "quantize",
@@ -108,10 +109,10 @@ class QuantizeJob:
             name,
             "all tables",
             self.environment,
+            str(self),
             count,
             count * shape.embedding_dim * 4,
-            times[name],
-            times[NAME].median,
+            times,
             0.0,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -34,31 +35,41 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The measurements of one case, each peer at its best.
+class Versus:
+    """A peer and ours, each at its best.
 
     Attributes:
-        ceiling: Touching the rows; None where nothing is touched.
-        ours: Ours, in the process of the best peer.
-        peers: The best use and environment of each, the fastest first.
+        peer: The peer's use and environment of the lowest median.
+        ours: The environment of our lowest median, of the processes that the peer was in: the two had the same minutes
+            of the machine, and neither had more tries.
+    """
+
+    peer: Measurement
+    ours: Measurement
+
+    @property
+    def ratio(self) -> float:
+        """The peer's time over ours: how many times as fast ours is."""
+        return self.peer.times.median / self.ours.times.median
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The measurements of one case.
+
+    Attributes:
+        ceiling: Touching the rows, in the process of `ours`; None where nothing is touched.
+        ours: Ours, as held against the best peer.
+        peers: The peers, the fastest first.
     """
 
     ceiling: Measurement | None
     ours: Measurement
-    peers: tuple[Measurement, ...]
-
-    @property
-    def ratio(self) -> float | None:
-        """The best peer's time over that of ours beside it; None without peers."""
-        return self.peers[0].ratio if self.peers else None
+    peers: tuple[Versus, ...]
 
 
 def comparisons(measurements: Sequence[Measurement]) -> Iterator[Comparison]:
-    """The cases, in the order in which they were first measured.
-
-    A peer's best use and environment are those of its lowest median. They are held against ours of the same process, so
-    that the two had the same minutes of the machine.
-    """
+    """The cases, in the order in which they were first measured."""
     order = {case: i for i, case in reversed(list(enumerate(m.case for m in measurements)))}
     ordered = sorted(measurements, key=lambda m: order[m.case])
     for _, of_case in groupby(ordered, key=lambda m: m.case):
@@ -66,21 +77,23 @@ def comparisons(measurements: Sequence[Measurement]) -> Iterator[Comparison]:
 
 
 def _comparison(of_case: Sequence[Measurement]) -> Comparison:
-    best: dict[str, Measurement] = {}
+    sides: dict[str, list[Measurement]] = defaultdict(list)
     for m in of_case:
-        if m.side not in (NAME, CEILING) and (m.side not in best or m.times.median < best[m.side].times.median):
-            best[m.side] = m
-    peers = tuple(sorted(best.values(), key=lambda m: m.times.median))
+        sides[m.side].append(m)
+    ours, touched = sides.pop(NAME), sides.pop(CEILING, [])
+    peers = sorted((_versus(peer, ours) for peer in sides.values()), key=lambda versus: versus.peer.times.median)
+    chosen = peers[0].ours if peers else _best(ours)
+    ceiling = next((m for m in touched if m.process == chosen.process), None)
+    return Comparison(ceiling, chosen, tuple(peers))
 
-    def beside(side: str) -> Measurement | None:
-        """Of the best peer's process: there the median of ours is the same."""
-        of_side = [m for m in of_case if m.side == side]
-        same_process = [m for m in of_side if peers and m.ours == peers[0].ours]
-        return next(iter(same_process or of_side), None)
 
-    ours = beside(NAME)
-    assert ours is not None, "every process measures ours"
-    return Comparison(beside(CEILING), ours, peers)
+def _versus(peer: Sequence[Measurement], ours: Sequence[Measurement]) -> Versus:
+    processes = {m.process for m in peer}
+    return Versus(_best(peer), _best([m for m in ours if m.process in processes]))
+
+
+def _best(of_side: Sequence[Measurement]) -> Measurement:
+    return min(of_side, key=lambda m: m.times.median)
 
 
 def save_record(record: Record, path: Path) -> None:

@@ -17,10 +17,10 @@ from dlrm_rs.bench.sides.side import PLAIN
 _COLUMNS = ("us", "p10-p90", "Mrows/s", "GB/s", "ceiling", "ratio")
 
 _LEGEND = (
-    "ratio: the peer's time over that of dlrm_rs in the same process, in turn with it; dlrm_rs's is the best peer's",
+    "ratio: the peer's time over that of dlrm_rs, in whose row it is that of the best peer",
     "ceiling: the time of touching the same rows and doing nothing else, over the side's",
     "GB/s: bytes of the rows' elements",
-    "Peers are at their best use and environment; the record has the others.",
+    "All sides are at their best use and environment; the record has the others.",
 )
 
 
@@ -54,9 +54,10 @@ def _title(family: str, name: str, row_format: str, rows: int | None) -> str:
 
 def _table(comparison: Comparison) -> Table:
     # Without vertical lines, and with the settings beneath, it fits into 80 columns.
+    sides = (comparison.ours, *(versus.peer for versus in comparison.peers))
     table = Table(
         title=_case(comparison.ours),
-        caption="; ".join(f"{m.side}: {_setting(m)}" for m in (comparison.ours, *comparison.peers)),
+        caption="; ".join(f"{m.side}: {_setting(m)}" for m in sides),
         box=SIMPLE_HEAD,
         pad_edge=False,
         title_justify="left",
@@ -67,9 +68,10 @@ def _table(comparison: Comparison) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     if comparison.ceiling is not None:
         table.add_row(*_cells(comparison.ceiling, None))
-    table.add_row(*_cells(comparison.ours, comparison.ratio), style="bold")
-    for peer in comparison.peers:
-        table.add_row(*_cells(peer, peer.ratio))
+    best = comparison.peers[0].ratio if comparison.peers else None
+    table.add_row(*_cells(comparison.ours, best), style="bold")
+    for versus in comparison.peers:
+        table.add_row(*_cells(versus.peer, versus.ratio))
     return table
 
 

@@ -115,7 +115,7 @@ def _quantize_jobs(arguments: Arguments, installed: tuple[str, ...], record: Rec
         if asked > free:
             record.skipped.append(_no_memory(f"quantize {QUANTIZED_SHAPE} to {row_format}", asked, free))
             continue
-        for environment in (PLAIN, HUGE_PAGES):
+        for environment in (PLAIN,) if arguments.quick else (PLAIN, HUGE_PAGES):
             yield QuantizeJob(QUANTIZED_SHAPE, row_format, installed, environment, threads, arguments.rows)
 
 
