@@ -16,15 +16,19 @@ from dlrm_rs.bench.cases import IdBatch
 from dlrm_rs.bench.rows import Rows
 from dlrm_rs.data.synthetic import Shape
 
+# For all sides alike: glibc keeps the memory of outputs. Otherwise it gives it back or not, and the next output costs
+# thousands of page faults or none, by what other sides have freed before. (The most that the first may be is 32 MB.)
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
 # Environments of processes. torch asks for 2 MB pages only when told to. FBGEMM has two sets of kernels, assembled at
 # run time and vectorised by the compiler; which is the faster depends on the processor.
 PLAIN = "plain"
 HUGE_PAGES = "huge pages"
 AUTOVEC = "huge pages, autovec"
 ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
-    PLAIN: {},
-    HUGE_PAGES: {"THP_MEM_ALLOC_ENABLE": "1"},
-    AUTOVEC: {"THP_MEM_ALLOC_ENABLE": "1", "FBGEMM_FORCE_AUTOVEC": "1"},
+    PLAIN: _KEEP_MEMORY,
+    HUGE_PAGES: {**_KEEP_MEMORY, "THP_MEM_ALLOC_ENABLE": "1"},
+    AUTOVEC: {**_KEEP_MEMORY, "THP_MEM_ALLOC_ENABLE": "1", "FBGEMM_FORCE_AUTOVEC": "1"},
 }
 
 
