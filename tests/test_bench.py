@@ -377,6 +377,15 @@ def test_the_command_from_beginning_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "made" / "bench.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_quick_run_tells_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "QUICK_LAST_START", -1.0)
+    arguments = Arguments.chosen(True, {"formats": ("fp32",), "rows": 100, "families": ("lookup",)})
+    record = run.run(arguments, tmp_path, Console(file=io.StringIO()))
+    left_out = [line for line in record.skipped if line.endswith(": no time was left for it in a quick run")]
+    assert [line.split("; ")[1].split(")")[0] for line in left_out] == ["plain", "plain", "huge pages", "huge pages"]
+    assert load_record(tmp_path / "bench.json") == record
+
+
 def test_a_wrong_option_is_told(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", "--shape", "BIG", "--output", str(tmp_path)], env={"COLUMNS": "200"})
     assert result.exit_code == 2

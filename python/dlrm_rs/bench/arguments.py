@@ -19,6 +19,8 @@ THREADS = ("1", "all")
 QUICK_SHAPES = ("SINGLE", "MULTI")
 QUICK_ROWS = 100_000
 QUICK_SECONDS = 0.3
+# After so many seconds a quick run begins nothing more, and tells what it left out: the machine may be slow, or busy.
+QUICK_LAST_START = 100.0
 
 
 @dataclass(frozen=True)

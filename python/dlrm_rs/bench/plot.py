@@ -50,7 +50,8 @@ def save_plot(record: Record, path: Path) -> None:
     machine = record.machine
     axes.set(xlabel="time of the peer at its best, over that of dlrm_rs (right of 1: dlrm_rs is faster)")
     axes.set_title(f"{machine['processor']}, {machine['cores']} cores, dlrm_rs {machine['dlrm_rs']}", fontsize=9)
-    axes.legend(fontsize=7)
+    if names:  # with nothing measured there is nothing to explain
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
 
