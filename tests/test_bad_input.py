@@ -217,7 +217,7 @@ BAD_TABLES: dict[str, tuple[list[EmbeddingBagConfig], dict[str, Any], type[Excep
     "device": ([EmbeddingBagConfig("a", 2, 2, ["x"])], {"device": "meta"}, ValueError, "device: .* got 'meta'"),
     "output": (
         [EmbeddingBagConfig("a", 2, 2, ["x"])],
-        {"output_dtype": torch.float16},
+        {"output_dtype": torch.float64},
         TypeError,
         "output_dtype: expected one of .*, got torch.float64",
     ),
@@ -264,7 +264,7 @@ BAD_MODULES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "dtype": (
         lambda: dlrm_rs.Embedding(4, 2, dtype=torch.float64),
         TypeError,
-        "dtype: expected 'fp32' or torch.float32",
+        "dtype: expected one of 'fp32', .* got torch.float64",
     ),
 }
 

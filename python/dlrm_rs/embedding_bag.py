@@ -124,7 +124,8 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
         Args:
             input: Ids, int32 or int64: `(L,)` cut into bags by `offsets`, or `(B, bag length)` without.
             offsets: `(B,)`, where every bag of a 1-D `input` begins; `(B + 1,)` with `include_last_offset`.
-            per_sample_weights: Float32 of `input`'s shape, which multiply the rows. Only with mode "sum".
+            per_sample_weights: Float32, or of the output dtype, of `input`'s shape: multiply the rows. Only with mode
+                "sum".
 
         Returns:
             `(B, D)` of the output dtype; zeros for an empty bag.
@@ -172,6 +173,8 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
             return None
         if self.mode != "sum":
             raise ValueError(f"per_sample_weights: expected None with mode {self.mode!r}, only 'sum' supports them")
+        if weights.dtype is self._tables.output_dtype:  # as torch's, which are of the precision of the rows
+            weights = weights.float()
         return float_tensor("per_sample_weights", weights, shape).view(-1)  # (L,)
 
     def _offsets(self, offsets: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from dlrm_rs.embedding import Embedding
 from dlrm_rs.embedding_bag import EmbeddingBag
 from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.owner import OwnsTables, single_table
+from dlrm_rs.quantization import torch_ao
 from dlrm_rs.row_formats import TORCH_DTYPES, row_format
 
 __all__ = ["replace_embeddings"]
@@ -43,12 +44,12 @@ class _Owner(NamedTuple):
 def replace_embeddings(
     model: ModuleT, *, dtype: torch.dtype | str | None = None, optimizer: OptimizerSpec | None = None
 ) -> ModuleT:
-    """Put every `nn.EmbeddingBag` and `nn.Embedding` of a model into the engine.
+    """Put every `nn.EmbeddingBag` and `nn.Embedding` of a model into the engine, and torch's quantized ones.
 
     Weights, `state_dict()` and its keys, hooks, `requires_grad`, shared modules and the training flag stay. So do the
     Parameters, as objects: an optimizer made before goes on working (with `optimizer` it finds no gradients to apply),
     and a Linear tied to an embedding's weight stays tied. Embeddings that are the engine's already are left as they
-    are.
+    are. Rows of `torch.ao.nn.quantized` modules are taken over as they are, bit for bit, without requantizing.
 
     Args:
         model: Any module, an embedding itself included. It is changed, and returned.
@@ -82,7 +83,7 @@ def replace_embeddings(
     """
     format_of = functools.partial(row_format, "dtype")
     format_of(dtype)  # if it is none, then rather now
-    found = _embeddings(model)
+    found, quantized = _embeddings(model)
     owners = _owners(model)
     for name, module in found:
         _check_module(name, module)
@@ -93,21 +94,33 @@ def replace_embeddings(
         single_table(module, name, format_of(dtype or module.weight.dtype), optimizer, module.weight.dtype)
         for name, module in found
     ]
+    taken = [
+        torch_ao.tables_of(name, module, None if dtype is None else format_of(dtype)) for name, module in quantized
+    ]
     for (_, module), table in zip(found, tables, strict=True):
         module.padding_idx = table.features[0].padding_idx
         module.__dict__["_tables"] = table
         module.__class__ = _REPLACEMENTS[type(module)]  # with all that it needs, should Ctrl-C come between
         table.release()
+    for (_, owner), table in zip(quantized, taken, strict=True):
+        torch_ao.take_over(owner)
+        owner.__dict__["_tables"] = table
+        owner.__class__ = EmbeddingBag if hasattr(owner, "mode") else Embedding
     return model
 
 
-def _embeddings(model: nn.Module) -> list[tuple[str, nn.Embedding | nn.EmbeddingBag]]:
-    """The modules to replace and their names in the model, every module once."""
+def _embeddings(
+    model: nn.Module,
+) -> tuple[list[tuple[str, nn.Embedding | nn.EmbeddingBag]], list[tuple[str, nn.Module]]]:
+    """The modules to replace and their names in the model, every module once: those that train, and quantized ones."""
     found: list[tuple[str, nn.Embedding | nn.EmbeddingBag]] = []
+    quantized: list[tuple[str, nn.Module]] = []
     others = 0
     for name, module in model.named_modules():
         if isinstance(module, OwnsTables):
             others += 1
+        elif torch_ao.is_quantized_embedding(module):
+            quantized.append((name or "embedding", module))
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             if type(module) not in _REPLACEMENTS:
                 raise TypeError(
@@ -115,9 +128,9 @@ def _embeddings(model: nn.Module) -> list[tuple[str, nn.Embedding | nn.Embedding
                     "subclass, whose behaviour a replacement would lose"
                 )
             found.append((name or "embedding", module))
-    if not found and not others:
+    if not found and not quantized and not others:
         raise ValueError("model: expected at least one torch.nn.EmbeddingBag or torch.nn.Embedding in it, got none")
-    return found
+    return found, quantized
 
 
 def _check_module(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:

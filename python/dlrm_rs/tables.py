@@ -391,10 +391,10 @@ class EmbeddingTables:
         Raises:
             ValueError: They have numbers that the row format cannot hold.
         """
-        if self.row_formats[table] in QUANTIZED:
-            self.swap(table, self._encoded(table, source), self.row_formats[table])
-        else:
+        if source.dtype is TORCH_DTYPES.get(self.row_formats[table]):
             self.weights()[table].detach().copy_(source.detach())
+        else:
+            self.swap(table, self._encoded(table, source), self.row_formats[table])
 
     def initialize(self, table: int, fill: Callable[[Tensor, int], Any], *, whole: bool = False) -> None:
         """Fill a table.

@@ -76,8 +76,11 @@ class _Encoding(NamedTuple):
     def encode(self, table: _Table, row_format: str) -> _Encoded:
         table.tables.weights()  # what the user has put into a weight is to be in the engine
         method = self.method or METHODS.get(row_format, "minmax")
-        encoded = table.tables.handle.encode(table.place, row_format, method, self.scale_format, self.zero_nonfinite)
-        return _Encoded(*encoded)
+        handle = table.tables.handle
+        try:
+            return _Encoded(*handle.encode(table.place, row_format, method, self.scale_format, self.zero_nonfinite))
+        except ValueError as error:
+            raise ValueError(f"{table.name}: {error}") from error  # the engine knows not where in the model it is
 
 
 def quantize(
