@@ -267,6 +267,7 @@ def record() -> Record:
     ]
     machine = {
         "processor": "a processor",
+        "load": 0.0,
         "memory_bytes": 3 << 30,
         "cores": 2,
         "torch": "2",
@@ -301,6 +302,14 @@ def test_the_table_has_the_lost_rows(record: Record) -> None:
     assert ["dlrm_rs", "100", "90-120", "4.2", "1.06", "40%", "0.50"] in [line.split() for line in printed.splitlines()]
     assert "Skipped: x: no memory" in printed
     assert "234 rows of 64" in printed
+    assert "Load average" not in printed
+
+
+def test_a_busy_machine_is_told(record: Record) -> None:
+    record.machine["load"] = 3.0
+    printed = io.StringIO()
+    print_report(record, Console(width=80, file=printed))
+    assert "Load average 3.0" in printed.getvalue()
 
 
 def test_a_record_is_read_as_it_was_written(record: Record, tmp_path: Path) -> None:
@@ -334,6 +343,8 @@ def test_the_readme_gets_its_table_from_a_record(record: Record, tmp_path: Path)
     assert "old" not in lines
     assert "2000-01-02, a processor, 2 cores, 3 GiB; torch 2, FBGEMM not installed, commit unknown" in written
     assert readme(record, written, tmp_path)[1] == written
+    ours = (Path(__file__).parents[1] / "README.md").read_text()
+    assert readme(record, ours, tmp_path)[0].returncode == 0
 
     result, written = readme(record, "no markers", tmp_path)
     assert "ValueError: README: expected '<!-- comparison:" in result.stderr

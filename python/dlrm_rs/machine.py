@@ -16,7 +16,7 @@ import dlrm_rs
 
 
 def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Processor, memory, system, versions, the time, and the commit if run in a checkout of this project.
+    """Processor, load, memory, system, versions, the time, the commit if run in a checkout of this project.
 
     Args:
         packages: Whose versions matter beside those of torch and NumPy; one that is not installed gets None.
@@ -29,6 +29,7 @@ def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
+        "load": os.getloadavg()[0],
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),

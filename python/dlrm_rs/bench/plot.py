@@ -11,7 +11,7 @@ from dlrm_rs.bench.record import Record, comparisons
 from dlrm_rs.bench.sides import PEERS
 
 # Colours that the colour-blind can tell apart (Okabe and Ito), one for every peer.
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
+_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#0072B2", "#999999")
 
 
 def save_plot(record: Record, path: Path) -> None:

@@ -16,6 +16,9 @@ from dlrm_rs.bench.sides.side import PLAIN
 # Right-justified, after the side.
 _COLUMNS = ("us", "p10-p90", "Mrows/s", "GB/s", "ceiling", "ratio")
 
+# Load average, of the minute before a run, above which other work shows in the figures.
+BUSY = 0.5
+
 _LEGEND = (
     "ratio: the peer's time over that of dlrm_rs, in whose row it is that of the best peer",
     "ceiling: the time of touching the same rows and doing nothing else, over the side's",
@@ -37,6 +40,12 @@ def print_report(record: Record, console: Console) -> None:
         f"FBGEMM {machine['fbgemm-gpu-cpu'] or machine['fbgemm-gpu'] or 'none'}, "
         f"dlrm_rs {machine['dlrm_rs']} ({machine['simd']})"
     )
+    if machine["load"] > BUSY:
+        console.print(
+            f"Load average {machine['load']:.1f} when this began: if that is other work that went on, do not keep the "
+            "figures. Libraries that wait for all their threads suffer most.",
+            style="bold red",
+        )
     for line in _LEGEND:
         console.print(f"- {line}", highlight=False)
     for skipped in record.skipped:
