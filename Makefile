@@ -3,13 +3,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BENCH_VENV ?= .venv-bench
+# FBGEMM 1.X goes with torch 2.(X+5) and fails to import beside any other.
+BENCH_PEERS ?= "torch==2.14.*" "fbgemm-gpu-cpu==1.9.*"
+# Such as OPTIONS=--quick; `dlrm-rs bench --help` lists them.
+OPTIONS ?=
 WHEELS := target/wheels
 SOURCES := $(shell find rust python -name '*.rs' -o -name '*.py' -o -name '*.pyi' -o -name '*.toml') \
 	Cargo.toml Cargo.lock pyproject.toml README.md
 TORCH_VERSIONS ?= 2.6.0 newest
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel demo test test-rust test-python test-torch test-neon lint format clean
+.PHONY: help wheel demo bench bench-rust bench-python test test-rust test-python test-torch test-neon lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -19,14 +24,23 @@ demo: $(VENV)/.installed ## Train a DLRM on real flights with torch's tables and
 
 wheel: $(WHEELS)/.built ## Build the wheel into target/wheels
 
+bench: $(BENCH_VENV)/.installed ## Time lookups beside torch, FBGEMM and NumPy (OPTIONS=--quick: in two minutes)
+	$(BENCH_VENV)/bin/dlrm-rs bench $(OPTIONS)
+
+bench-rust: | cargo ## Time the engine alone: levels, row formats, dims, small calls, allocations
+	cargo bench --package dlrm-benches
+
+bench-python: $(VENV)/.installed ## Time the modules as users call them
+	$(BIN)/python -m pytest benches
+
 test: test-rust test-python ## Run every test: cargo, then pytest on the installed wheel
 
 test-rust: | cargo
-	cargo test --package dlrm-core
+	cargo test --package dlrm-core --package dlrm-benches
 
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --doctest-modules --pyargs dlrm_rs
+	$(BIN)/python -m pytest --doctest-modules --ignore-glob='*/sides/fbgemm_*.py' --pyargs dlrm_rs
 
 test-torch: $(WHEELS)/.built ## Run pytest on the one wheel under torch 2.6.0 and the newest
 	set -e; for version in $(TORCH_VERSIONS); do tests/run_with_torch.sh $$version $(WHEELS)/*.whl; done
@@ -37,18 +51,18 @@ test-neon: ## Run the engine's tests for aarch64 under emulation (installs Debia
 lint: $(VENV)/.installed | cargo ## Check formatting, lints, types and the stub
 	cargo fmt --check
 	cargo clippy --workspace --all-targets -- --deny warnings
-	$(BIN)/ruff format --check python tests
-	$(BIN)/ruff check python tests
+	$(BIN)/ruff format --check python tests benches
+	$(BIN)/ruff check python tests benches
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest dlrm_rs._dlrm_rs
 
 format: $(VENV)/.installed | cargo ## Format all code
 	cargo fmt
-	$(BIN)/ruff format python tests
-	$(BIN)/ruff check --fix python tests
+	$(BIN)/ruff format python tests benches
+	$(BIN)/ruff check --fix python tests benches
 
 clean: ## Remove what was built
-	rm -rf target $(VENV) .venv-torch-*
+	rm -rf target $(VENV) $(BENCH_VENV) .venv-torch-*
 
 .PHONY: cargo
 cargo:
@@ -65,6 +79,13 @@ $(WHEELS)/.built: $(SOURCES) $(VENV)/.made | cargo
 	touch $@
 
 $(VENV)/.installed: $(WHEELS)/.built
-	$(BIN)/pip install --quiet --group test --group lint "$$(ls $(WHEELS)/*.whl)[demo]"
+	$(BIN)/pip install --quiet --group test --group bench --group lint "$$(ls $(WHEELS)/*.whl)[demo]"
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
+	touch $@
+
+$(BENCH_VENV)/.installed: $(WHEELS)/.built
+	[ -d $(BENCH_VENV) ] || $(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install --quiet --upgrade pip
+	$(BENCH_VENV)/bin/pip install --quiet $(BENCH_PEERS) "$$(ls $(WHEELS)/*.whl)[bench]"
+	$(BENCH_VENV)/bin/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
 	touch $@

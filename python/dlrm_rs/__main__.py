@@ -17,7 +17,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        sys.exit(f'dlrm-rs: {error.name} is not installed; pip install "dlrm_rs[demo]" installs it')
+        extra = "bench" if "bench" in sys.argv[1:2] else "demo"
+        sys.exit(f'dlrm-rs: {error.name} is not installed; pip install "dlrm_rs[{extra}]" installs it')
 
 
 if __name__ == "__main__":

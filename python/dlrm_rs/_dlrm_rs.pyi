@@ -172,6 +172,21 @@ class TableSet:
                 (the first of equals), -1 where the bag is empty; columns of features pooled otherwise are not written.
         """
 
+    def touch(self, indices: _Ids, offsets: _Ids | None, batch_size: int) -> int:
+        """Read a byte of every cache line of the rows that `lookup` would read, and do nothing with them.
+
+        In the same order, and with the same threads, prefetches and checks: the time of it is what the memory takes,
+        which benches hold `lookup` against.
+
+        Args:
+            indices: as for `lookup`.
+            offsets: as for `lookup`.
+            batch_size: as for `lookup`.
+
+        Returns:
+            The sum of the bytes, which tells nothing but that they were read.
+        """
+
     def renorm(
         self,
         indices: _Ids,

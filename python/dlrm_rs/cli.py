@@ -42,6 +42,43 @@ def demo(
 
 
 @app.command()
+def bench(
+    family: Annotated[list[str] | None, typer.Option(help="lookup or quantize; repeat for more.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="Such as SINGLE; repeat for more.")] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Repeat for more.", show_default="those of the shape")
+    ] = None,
+    row_format: Annotated[list[str] | None, typer.Option(help="fp32, int8, int4, ...; repeat for more.")] = None,
+    ids: Annotated[list[str] | None, typer.Option(help="uniform or zipf; repeat for both.")] = None,
+    threads: Annotated[list[str] | None, typer.Option(help="A number or all; repeat for more.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="For each case, all sides together.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Cut tables to this many rows.", show_default="all")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for bench.png and bench.json.")] = Path("bench-output"),
+    quick: Annotated[bool, typer.Option("--quick", help="Few cases on small tables: two minutes.")] = False,
+) -> None:
+    """Time lookups and quantization beside every other library that is installed; outputs are checked first."""
+    from dlrm_rs.bench.arguments import Arguments  # here, as what it brings in takes seconds
+    from dlrm_rs.bench.run import run
+
+    chosen = {
+        "families": family,
+        "shapes": shape,
+        "batches": batch_size,
+        "formats": row_format,
+        "distributions": ids,
+        "threads": threads,
+        "seconds": seconds,
+        "rows": rows,
+    }
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items() if x}
+    try:
+        arguments = Arguments.chosen(quick, given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    run(arguments, output, Console())
+
+
+@app.command()
 def info() -> None:
     """Print what the engine runs on."""
     table = Table(show_header=False)

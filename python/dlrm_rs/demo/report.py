@@ -16,9 +16,9 @@ from rich.table import Table
 
 from dlrm_rs.demo.arguments import Arguments
 from dlrm_rs.demo.baseline import Baseline
-from dlrm_rs.demo.machine import describe_machine
 from dlrm_rs.demo.precision import FP32, MIXTURE, Precisions, Search
 from dlrm_rs.demo.training import Backend, Metrics
+from dlrm_rs.machine import describe_machine
 from dlrm_rs.row_formats import ROW_FORMATS
 
 
@@ -108,7 +108,7 @@ class Record:
         theirs, ours = results
         loss, reference = np.array(ours.losses), np.array(theirs.losses)
         return cls(
-            describe_machine(),
+            describe_machine(["pandas", "scikit-learn"]),
             arguments,
             threads,
             theirs,

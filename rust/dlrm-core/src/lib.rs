@@ -50,6 +50,7 @@ mod table;
 mod table_rows;
 mod table_set;
 pub mod threads;
+mod touch;
 mod update;
 
 pub use bags::{Bags, Ids, Offsets};

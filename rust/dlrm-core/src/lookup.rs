@@ -109,7 +109,7 @@ impl TableSet {
     }
 
     /// The work of each feature: rows read and output rows written.
-    fn sizes(&self, bags: &Bags, tables: &[Table]) -> Vec<Size> {
+    pub(crate) fn sizes(&self, bags: &Bags, tables: &[Table]) -> Vec<Size> {
         let size = |f| {
             let ids = bags.feature_bounds(f).len();
             let units = if self.pooled { bags.batch } else { ids };

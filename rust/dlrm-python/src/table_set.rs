@@ -159,6 +159,18 @@ impl TableSet {
         call(py, |ctx| self.0.lookup(&slices.bags(&self.0, batch_size)?, out, argmax, ctx))
     }
 
+    fn touch(
+        &self,
+        py: Python<'_>,
+        indices: Any<'_, '_>,
+        offsets: Option<Any<'_, '_>>,
+        batch_size: usize,
+    ) -> PyResult<u64> {
+        let arrays = BagArrays::new(indices, offsets, None)?;
+        let slices = arrays.slices()?;
+        call(py, |ctx| self.0.touch(&slices.bags(&self.0, batch_size)?, ctx))
+    }
+
     fn renorm(
         &self,
         py: Python<'_>,

@@ -21,6 +21,7 @@ pub(crate) mod pool;
 pub(crate) mod scalar;
 mod simd;
 pub(crate) mod sum;
+pub(crate) mod touch;
 pub(crate) mod touched;
 pub(crate) mod train;
 

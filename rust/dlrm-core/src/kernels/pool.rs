@@ -20,7 +20,7 @@ use crate::rows::{Bf16, Fp16, Rows, pack};
 use crate::table_set::Slot;
 
 /// Rows that are prefetched ahead of the one that is read.
-const AHEAD: usize = 32;
+pub(crate) const AHEAD: usize = 32;
 
 /// A run of one feature's units.
 pub(crate) struct Pool<'a, R, I> {

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,47 @@ from typing import Any
 import dlrm_rs
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, system, versions, the time, and the commit if the working directory is a checkout of this project.
+def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Processor, load, memory, system, versions, the time, the commit if run in a checkout of this project.
+
+    Args:
+        packages: Whose versions matter beside those of torch and NumPy; one that is not installed gets None.
 
     Example:
-        >>> sorted(describe_machine())[:4]
-        ['commit', 'cores', 'dlrm_rs', 'numpy']
+        >>> machine = describe_machine(["no-such-package"])
+        >>> machine["dlrm_rs"] == dlrm_rs.__version__, machine["no-such-package"]
+        (True, None)
     """
-    packages = ("torch", "numpy", "pandas", "scikit-learn")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
+        "load": os.getloadavg()[0],
         "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "level_3_cache": _first_line("/sys/devices/system/cpu/cpu0/cache/index3/size"),
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: _version(name) for name in ("torch", "numpy", *packages)},
         "dlrm_rs": dlrm_rs.__version__,
         "simd": dlrm_rs.info()["simd"],
         "commit": _commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(path: str) -> str | None:
+    """What Linux says in a file; None where there is no such file."""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def _processor() -> str:

@@ -1,0 +1,85 @@
+"""Write README's table of the comparison from a record of `dlrm-rs bench`.
+
+    python benches/readme_table.py benches/record/2026-12-24.json
+
+puts the table between README's two markers, in the place of the one that was there. No figure is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlrm_rs.bench.record import Comparison, Record, comparisons, load_record
+
+BEGIN = "<!-- comparison: written by benches/readme_table.py -->"
+END = "<!-- comparison ends -->"
+
+
+def table(record: Record) -> str:
+    """The lookups on the most threads: for every case and row format the best peer's time over ours, lost or won."""
+    of_run = [c for c in comparisons(record.measurements) if c.ours.family == "lookup"]
+    threads = max(c.ours.threads for c in of_run)
+    cells = {c.ours.case[1:5]: _cell(c) for c in of_run if c.ours.threads == threads}
+    formats = list(dict.fromkeys(row_format for _, row_format, _, _ in cells))
+    rows = dict.fromkeys((shape, batch, ids) for shape, _, batch, ids in cells)
+    lines = [_line(["shape", "batch", "ids", *formats]), _line(["---"] * (3 + len(formats)))]
+    for shape, batch, ids in rows:
+        lines.append(_line([shape, f"{batch:,}", ids, *[cells.get((shape, name, batch, ids), "") for name in formats]]))
+    return "\n".join(lines)
+
+
+def _cell(comparison: Comparison) -> str:
+    if not comparison.peers:
+        return "no peer"
+    best = comparison.peers[0]
+    return f"{best.ratio:.2f} ({best.peer.side})"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def caption(record: Record, source: str) -> str:
+    """What the figures are, and on what they were measured."""
+    machine = record.machine
+    threads = max(record.arguments.thread_counts())
+    fbgemm = machine["fbgemm-gpu-cpu"] or machine["fbgemm-gpu"]
+    rows = "" if record.arguments.rows is None else f", no table of more than {record.arguments.rows:,} rows"
+    return (
+        f"The best peer's time over that of dlrm_rs (above 1: dlrm_rs is faster), medians, {threads} threads{rows}; "
+        f"both at their best use and environment, in turn in one process. `dlrm-rs bench`, "
+        f"{machine['time'][:10]}, {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; torch {machine['torch']}, "
+        f"FBGEMM {fbgemm or 'not installed'}, commit {(machine['commit'] or 'unknown')[:12]}; `{source}` has the rest."
+    )
+
+
+def rewrite(readme: str, section: str) -> str:
+    """The README with `section` between its markers.
+
+    Raises:
+        ValueError: The markers are not there, once each and in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"README: expected {BEGIN!r} and then {END!r}, once each")
+    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+
+
+def main() -> None:
+    """Rewrite the README."""
+    parser = argparse.ArgumentParser(description="Write README's table of the comparison from a record.")
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    options = parser.parse_args()
+    record = load_record(options.record)
+    section = f"\n{table(record)}\n\n{caption(record, options.record.as_posix())}\n"
+    readme = options.readme.read_text(encoding="utf-8")
+    options.readme.write_text(rewrite(readme, section), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

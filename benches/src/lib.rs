@@ -1,0 +1,117 @@
+//! Tables and ids to time: made once, ids in rotation, so that no call finds the rows of the one before it in a cache.
+
+use dlrm_core::{
+    Bags, Context, Feature, Ids, Offsets, Output, Pooling, Result, RowFormat, TableSet, TableSpec,
+};
+
+/// Batches of ids in rotation.
+const BATCHES: usize = 8;
+
+/// Tables of one size, each with one feature.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// How many tables.
+    pub tables: usize,
+    /// Rows of each.
+    pub rows: usize,
+    /// Elements of a row.
+    pub dim: usize,
+    /// How rows are stored.
+    pub format: RowFormat,
+    /// Ids in every bag.
+    pub ids_per_bag: usize,
+    /// Bags of every feature.
+    pub batch: usize,
+}
+
+impl Sizes {
+    /// Ids in a call.
+    #[must_use]
+    pub const fn ids(&self) -> usize {
+        self.tables * self.batch * self.ids_per_bag
+    }
+
+    /// Bytes of the rows that a call reads.
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.ids() * self.format.row_bytes(self.dim)
+    }
+}
+
+/// Tables of zeros, uniform ids, and a place for the output.
+pub struct Workload {
+    sizes: Sizes,
+    set: TableSet,
+    batches: Vec<Vec<i64>>,
+    next: usize,
+    out: Vec<f32>,
+}
+
+impl Workload {
+    /// Makes the tables and draws the ids.
+    ///
+    /// # Panics
+    /// When there is not enough memory.
+    #[must_use]
+    pub fn new(sizes: Sizes) -> Self {
+        let spec = |table| TableSpec {
+            name: format!("t{table}"),
+            rows: sizes.rows,
+            dim: sizes.dim,
+            format: sizes.format,
+        };
+        let feature = |table| Feature { table, pooling: Pooling::Sum, padding: None };
+        let specs = (0..sizes.tables).map(spec).collect();
+        let features = (0..sizes.tables).map(feature).collect();
+        let set = TableSet::new(specs, features, &Context::default()).expect("memory for the tables");
+        let batch = |k: usize| {
+            (0..sizes.ids()).map(|i| (scramble(k * sizes.ids() + i) % sizes.rows as u64) as i64).collect()
+        };
+        let batches = (0..BATCHES).map(batch).collect();
+        let out = vec![0.0; sizes.batch * sizes.tables * sizes.dim];
+        Self { sizes, set, batches, next: 0, out }
+    }
+
+    /// Looks the next batch up.
+    pub fn lookup(&mut self, ctx: &Context) -> Result<()> {
+        self.next = (self.next + 1) % BATCHES;
+        let Sizes { tables, batch, .. } = self.sizes;
+        let bags = Bags::new(Ids::I64(&self.batches[self.next]), Offsets::Even, tables, batch, None)?;
+        self.set.lookup(&bags, Output::Fp32(&mut self.out), None, ctx)
+    }
+
+    /// Touches the rows of the next batch: what [`Workload::lookup`] cannot be faster than.
+    pub fn touch(&mut self, ctx: &Context) -> Result<u64> {
+        self.next = (self.next + 1) % BATCHES;
+        let Sizes { tables, batch, .. } = self.sizes;
+        let bags = Bags::new(Ids::I64(&self.batches[self.next]), Offsets::Even, tables, batch, None)?;
+        self.set.touch(&bags, ctx)
+    }
+}
+
+/// A number without order: `SplitMix64`, by Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+/// OOPSLA 2014.
+fn scramble(i: usize) -> u64 {
+    let mut z = (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workload_can_be_looked_up_and_touched() {
+        for format in RowFormat::ALL {
+            let sizes = Sizes { tables: 3, rows: 100, dim: 24, format, ids_per_bag: 2, batch: 5 };
+            let mut workload = Workload::new(sizes);
+            for _ in 0..2 * BATCHES {
+                workload.lookup(&Context::default()).unwrap();
+                assert_eq!(workload.touch(&Context::default()), Ok(0));
+            }
+            assert_eq!(sizes.bytes(), 30 * format.row_bytes(24));
+        }
+    }
+}

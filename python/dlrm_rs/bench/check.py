@@ -1,0 +1,107 @@
+"""Outputs held against float64, before anything is timed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dlrm_rs.bench.cases import IdBatch
+from dlrm_rs.bench.rows import Rows, rounding
+from dlrm_rs.bench.sides import Side
+
+# Samples of a batch that are checked, spread over all of it: a whole batch in float64 may not fit.
+SAMPLES = 32
+
+# Elements are below 1, so a sum of L of them in float32, in any order and through scale and bias, is as near as this
+# times L. A row that is missing or another moves a sum by a thousand times as much.
+TOLERANCE = 1e-5
+
+
+class WrongOutputError(AssertionError):
+    """A side's output is not what its rows add up to."""
+
+
+def check_side(side: Side, batch: IdBatch, rows: Rows, row_format: str) -> None:
+    """Check every use of a side on one batch: its rows against the true ones, and its output against its rows.
+
+    Args:
+        side: The side.
+        batch: Ids.
+        rows: What its tables were filled with.
+        row_format: How its rows are stored.
+
+    Raises:
+        WrongOutputError: An element is too far off, or the output has another shape or dtype.
+    """
+    samples = np.unique(np.linspace(0, batch.batch_size - 1, SAMPLES).astype(int))
+    wanted = []
+    for table, (ids, _) in enumerate(batch.tables):
+        picked = ids.numpy()[samples]  # (samples, ids per bag)
+        stored = side.stored_rows(table, picked.reshape(-1))
+        check_rows(side.name, table, picked.reshape(-1), stored, rows, row_format)
+        wanted.append(stored.reshape(*picked.shape, -1).sum(axis=1))
+    expected = np.concatenate(wanted, axis=1)
+    tolerance = TOLERANCE * max(ids.shape[1] for ids, _ in batch.tables)
+    for use, call in side.calls(batch).items():
+        output = side.pooled(call())
+        check_output(f"{side.name} ({use})", output, batch.batch_size, samples, expected, tolerance)
+
+
+def check_rows(
+    name: str, table: int, ids: NDArray[np.int64], stored: NDArray[np.float64], rows: Rows, row_format: str
+) -> None:
+    """Check that rows are stored as their row format allows.
+
+    Args:
+        name: Whose they are, for messages.
+        table: Of which table.
+        ids: Which rows, `(n,)`.
+        stored: As they are stored, `(n, D)`.
+        rows: What the tables were filled with.
+        row_format: How they are stored.
+
+    Raises:
+        WrongOutputError: An element is further from the true one than the row format explains.
+    """
+    _compare(f"{name}: rows of table {table}", stored, rows.of(table, ids, stored.shape[1]), rounding(row_format))
+
+
+def check_output(
+    name: str,
+    output: Tensor,
+    batch_size: int,
+    samples: NDArray[np.int64],
+    expected: NDArray[np.float64],
+    tolerance: float,
+) -> None:
+    """Check some samples of an output.
+
+    Args:
+        name: Whose output it is, for messages.
+        output: `(B, W)` float32.
+        batch_size: `B`.
+        samples: Which are checked.
+        expected: `(len(samples), W)`.
+        tolerance: By how much an element may be off.
+
+    Raises:
+        WrongOutputError: An element is further off, or the output has another shape or dtype.
+    """
+    shape = (batch_size, expected.shape[1])
+    if tuple(output.shape) != shape or str(output.dtype) != "torch.float32":
+        raise WrongOutputError(
+            f"{name}: expected {shape} of torch.float32, got {tuple(output.shape)} of {output.dtype}"
+        )
+    _compare(name, output.numpy()[samples].astype(np.float64), expected, tolerance)
+
+
+def _compare(name: str, got: NDArray[np.float64], expected: NDArray[np.float64], tolerance: float) -> None:
+    # Written so that NaN is wrong too.
+    wrong = ~(np.abs(got - expected) <= tolerance)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0].tolist()
+        raise WrongOutputError(
+            f"{name}: expected {expected[row, column]:.7g} within {tolerance:g} at ({row}, {column}), "
+            f"got {got[row, column]:.7g}; {wrong.sum()} of {wrong.size} elements are wrong"
+        )

@@ -1,0 +1,425 @@
+"""`dlrm-rs bench`: its cases, its checks, its record and its tables. Nothing here asks how fast anything is."""
+
+import builtins
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+import dlrm_rs
+from dlrm_rs.__main__ import main
+from dlrm_rs.bench import lookup, quantize, run
+from dlrm_rs.bench.arguments import Arguments
+from dlrm_rs.bench.cases import Case, IdBatch, capped, cases, id_batches
+from dlrm_rs.bench.check import WrongOutputError, check_side
+from dlrm_rs.bench.lookup import CEILING, LookupJob
+from dlrm_rs.bench.measurement import Measurement
+from dlrm_rs.bench.memory import groups
+from dlrm_rs.bench.process import ProcessEndedError, Worker
+from dlrm_rs.bench.quantize import QuantizeJob
+from dlrm_rs.bench.record import Record, comparisons, load_record, save_record
+from dlrm_rs.bench.report import print_report
+from dlrm_rs.bench.rows import Rows, rounding
+from dlrm_rs.bench.sides import PEERS, Peer
+from dlrm_rs.bench.sides.ours import NAME, Ours
+from dlrm_rs.bench.timing import Times, time_in_turn
+from dlrm_rs.cli import app
+from dlrm_rs.data.synthetic import SHAPES, Shape
+from dlrm_rs.row_formats import ROW_FORMATS
+
+SMALL = Shape((50, 7, 300), 8, (1, 3, 2), (9,), 1.05)
+EVEN = Shape((50, 7), 8, (1, 1), (9,), 0.0)
+SIDES = [(peer, row_format) for peer in PEERS for row_format in peer.formats]
+
+
+@pytest.fixture
+def threads_stay(engine_settings: None) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def batch(shape: Shape = SMALL) -> IdBatch:
+    return id_batches(shape, Case(shape.batch_sizes[0], shape.zipf, 1))[0]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_has_its_ids(name: str) -> None:
+    shape = capped(name, 1000)
+    case = cases(name, Arguments(threads=("1",)))[0]
+    batches = id_batches(shape, case)
+    assert len(batches) >= 8
+    assert len({tuple(batch.indices[:50].tolist()) for batch in batches}) == len(batches)
+    for made in batches[:2]:
+        assert len(made.indices) == case.batch_size * sum(shape.ids_per_bag)
+        assert made.offsets[-1] == len(made.indices)
+        assert torch.equal(torch.cat([ids.view(-1) for ids, _ in made.tables]), made.indices)
+        for (ids, offsets), rows, count in zip(made.tables, shape.num_embeddings, shape.ids_per_bag, strict=True):
+            assert ids.shape == (case.batch_size, count)
+            assert offsets.tolist() == list(range(0, case.batch_size * count + 1, count))
+            assert 0 <= ids.min() <= ids.max() < rows
+
+
+def test_cases() -> None:
+    single = cases("SINGLE", Arguments(threads=("1", "2")))
+    assert {(case.batch_size, case.zipf, case.threads) for case in single} == {
+        (batch_size, zipf, threads) for batch_size in (16, 2048) for zipf in (0.0, 1.05) for threads in (1, 2)
+    }
+    assert [case.ids for case in cases("MLPERF", Arguments(batches=(3,), threads=("1",)))] == ["Zipf 1.15"]
+    assert cases("MANY", Arguments(distributions=("uniform",))) == []
+
+
+def test_zipf_is_skewed_and_uniform_is_not() -> None:
+    shape = Shape((100_000,), 8, (100,), (100,), 1.05)
+    skewed, uniform = (id_batches(shape, Case(100, zipf, 1))[0].indices.unique().numel() for zipf in (1.05, 0.0))
+    assert skewed < uniform * 0.7
+
+
+@pytest.mark.parametrize("value", ["0", "two", "-1"])
+def test_threads_are_checked(value: str) -> None:
+    with pytest.raises(ValueError, match=f"threads: expected 'all' or a number of at least 1, got '{value}'"):
+        Arguments(threads=(value,))
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"shapes: expected some of KAGGLE, .*, got 'BIG'"):
+        Arguments(shapes=("BIG",))
+    with pytest.raises(ValueError, match=r"formats: expected some of fp32, .*, got 'int5'"):
+        Arguments(formats=("int5",))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:fbgemm_gpu")  # it lacks a module of its own for training
+@pytest.mark.parametrize(("peer", "row_format"), SIDES, ids=[f"{peer.name} {fmt}" for peer, fmt in SIDES])
+def test_every_peer_is_right_and_found_out_when_wrong(peer: Peer, row_format: str) -> None:
+    if peer.why_not() is not None:
+        pytest.skip(str(peer.why_not()))
+    for shape in (SMALL, EVEN):
+        ids, rows = batch(shape), Rows()
+        side = peer.make(shape, row_format, rows)
+        with torch.no_grad():
+            check_side(side, ids, rows, row_format)
+            calls = side.calls(ids)
+            for use in calls:
+                with pytest.raises(WrongOutputError, match=f"{peer.name}.*{use}.*expected"):
+                    check_side(Changed(side, use), ids, rows, row_format)
+
+
+def one_element(output: Tensor) -> Tensor:
+    changed = output.clone()
+    changed[-1, -1] += 1e-3
+    return changed
+
+
+class Changed:
+    """A side that is right but for the output of one use."""
+
+    def __init__(self, side: Any, use: str, change: Callable[[Tensor], Tensor] = one_element) -> None:
+        self.name, self._side, self._use, self._change = side.name, side, use, change
+        self._changed: object = None
+
+    def calls(self, ids: IdBatch) -> dict[str, Callable[[], object]]:
+        calls: dict[str, Callable[[], object]] = self._side.calls(ids)
+        right = calls[self._use]
+
+        def wrong() -> object:
+            self._changed = right()
+            return self._changed
+
+        return {**calls, self._use: wrong}
+
+    def pooled(self, output: object) -> Tensor:
+        pooled: Tensor = self._side.pooled(output)
+        return self._change(pooled) if output is self._changed else pooled
+
+    def stored_rows(self, table: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+        stored: NDArray[np.float64] = self._side.stored_rows(table, ids)
+        return stored
+
+
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_ours_is_right_and_found_out_when_wrong(row_format: str) -> None:
+    ids, rows = batch(), Rows()
+    ours = Ours(SMALL, row_format, rows)
+    check_side(ours, ids, rows, row_format)
+    with pytest.raises(WrongOutputError, match=r"dlrm_rs \(lookup\): expected .* elements are wrong"):
+        check_side(Changed(ours, "lookup"), ids, rows, row_format)
+
+
+def test_rows_that_were_changed_are_found() -> None:
+    ids, rows = batch(), Rows()
+    ours = Ours(SMALL, "fp32", rows)
+    with torch.no_grad():
+        ours.collection.get_parameter("embedding_bags.t1.weight")[3] += 1e-6
+    with pytest.raises(WrongOutputError, match="dlrm_rs: rows of table 1: expected"):
+        check_side(ours, ids, rows, "fp32")
+
+
+def test_a_shape_or_dtype_that_is_another_is_wrong() -> None:
+    ids, rows = batch(), Rows()
+    ours = Ours(SMALL, "fp32", rows)
+    for change in (Tensor.double, lambda t: t[1:]):
+        with pytest.raises(WrongOutputError, match=r"expected \(9, 24\) of torch.float32, got"):
+            check_side(Changed(ours, "lookup", change), ids, rows, "fp32")
+
+
+def test_the_ceiling_touches_what_it_is_given() -> None:
+    ids, rows = batch(), Rows()
+    touched = Ours(SMALL, "fp32", rows).touch(ids)()
+    # A row of 8 floats is half a line: the byte is that at the beginning of the line.
+    first = [rows.of(t, table_ids.numpy().reshape(-1) // 2 * 2, 8)[:, 0] for t, (table_ids, _) in enumerate(ids.tables)]
+    assert touched == int(np.concatenate(first).astype(np.float32).view(np.uint8)[::4].sum())
+
+
+@pytest.mark.parametrize("row_format", ["fp16", "int8", "int4", "int2"])
+def test_rounding_is_the_row_formats(row_format: str) -> None:
+    """Not so wide that rows of another format would pass."""
+    finer = {"fp16": "fp32", "int8": "fp16", "int4": "int8", "int2": "int4"}
+    assert rounding(finer[row_format]) < rounding(row_format) / 3
+
+
+def test_a_job_measures_all_sides(threads_stay: None) -> None:
+    job = LookupJob("MANY", "fp32", ("nn.EmbeddingBag", "NumPy"), "plain", (Case(2, 1.05, 1),), 0.01, 50)
+    measured = job.run()
+    assert {(m.side, m.use) for m in measured} == {
+        (CEILING, "touch"),
+        (NAME, "lookup"),
+        ("nn.EmbeddingBag", "offsets"),
+        ("nn.EmbeddingBag", "2-D"),
+        ("NumPy", "take"),
+    }
+    for m in measured:
+        assert (m.rows, m.bytes) == (400 * 14 * 2, 400 * 14 * 2 * 256)
+        assert 0 < m.times.low <= m.times.median <= m.times.high
+        assert m.times.calls >= 3
+        assert m.process == str(job)
+        assert m.ceiling > 0
+
+
+@pytest.mark.parametrize("row_format", ["int8", "int4"])
+def test_quantization_is_measured(row_format: str, threads_stay: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = QuantizeJob("SINGLE", row_format, (), "plain", (1,), 1000).run()
+    assert [m.side for m in measured] == [NAME, "torch prepack"]
+    for m in measured:
+        assert (m.rows, m.bytes, m.times.calls) == (26_000, 26_000 * 256, 3)
+    monkeypatch.setattr(quantize, "operator", lambda _, action: lambda x: x[:, :64] + 0.5)
+    with pytest.raises(WrongOutputError, match="torch prepack: rows of table 0: expected"):
+        QuantizeJob("SINGLE", row_format, (), "plain", (1,), 1000).run()
+
+
+def test_times_are_in_turn() -> None:
+    seen: list[str] = []
+    calls = {name: [lambda name=name, k=k: seen.append(f"{name}{k}") for k in range(8)] for name in "ab"}
+    times = time_in_turn(calls, seconds=0)
+    assert seen == ["a7", "a0", "a1", "a2", "b7", "b0", "b1", "b2"]  # the first is not timed
+    assert times["a"].calls == times["b"].calls == 3
+
+
+def test_tables_that_do_not_fit_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "available", lambda: 2 << 30)
+    record = Record({}, Arguments(shapes=("GIANT", "MANY"), formats=("fp32",)))
+    jobs = list(run._jobs(record.arguments, ("nn.EmbeddingBag", "NumPy"), record))
+    assert [job.shape for job in jobs] == []
+    assert len(record.skipped) == 4  # two shapes in two environments
+    assert record.skipped[0].startswith("GIANT fp32 (plain): expected 16,665 MiB")
+    assert record.skipped[0].endswith(" of memory, got 2,048")
+
+
+def test_peers_that_do_not_fit_together_are_timed_one_by_one() -> None:
+    gigabytes = Shape((1 << 22,) * 4, 64, (1,), (16,), 0.0)  # 4 GiB in fp32
+    fitting = {free: groups(["a", "b", "c"], gigabytes, "fp32", free << 30) for free in (32, 16, 8)}
+    assert fitting == {32: [("a", "b", "c")], 16: [("a",), ("b",), ("c",)], 8: []}
+    assert groups([], gigabytes, "fp32", 8 << 30) == [()]  # ours alone
+
+
+def measurement(side: str, median: float, environment: str = "plain", use: str = "call") -> Measurement:
+    times = Times(median, median * 0.9, median * 1.2, median * 2, 24, 1.9)
+    case = ("lookup", "SINGLE", "fp32", 16, "uniform", 2)
+    return Measurement(*case, side, use, environment, environment, 416, 416 * 256, times, 4e-5)
+
+
+@pytest.fixture
+def record() -> Record:
+    """Ours wins against one peer, and loses to another that is at its best with huge pages."""
+    measured = [
+        measurement(CEILING, 4e-5),
+        measurement(NAME, 1e-4),
+        measurement("slow", 3e-4),
+        measurement("fast", 1.5e-4),
+        measurement(CEILING, 4e-5, "huge pages"),
+        measurement(NAME, 1.1e-4, "huge pages"),
+        measurement("fast", 0.5e-4, "huge pages"),
+        measurement("fast", 0.9e-4, "huge pages", "other"),
+        measurement(NAME, 0.7e-4, "autovec"),
+        measurement("third", 4e-4, "autovec"),
+    ]
+    machine = {
+        "processor": "a processor",
+        "load": 0.0,
+        "memory_bytes": 3 << 30,
+        "cores": 2,
+        "torch": "2",
+        "fbgemm-gpu-cpu": None,
+        "fbgemm-gpu": None,
+        "dlrm_rs": "0",
+        "simd": "scalar",
+        "time": "2000-01-02T03:04:05+00:00",
+        "commit": None,
+    }
+    return Record(machine, Arguments(shapes=("SINGLE",), formats=("fp32",), rows=9), measured, ["x: no memory"])
+
+
+def test_sides_are_compared_at_their_best(record: Record) -> None:
+    (comparison,) = comparisons(record.measurements)
+    best = [(versus.peer.side, versus.peer.environment, versus.ours.environment) for versus in comparison.peers]
+    # Ours only of the processes that the peer was in.
+    assert best == [("fast", "huge pages", "plain"), ("slow", "plain", "plain"), ("third", "autovec", "autovec")]
+    assert [versus.ratio for versus in comparison.peers] == pytest.approx([0.5, 3.0, 4 / 0.7])
+    assert comparison.ours.times.median == 1e-4
+    assert comparison.ceiling is not None
+    assert comparison.ceiling.environment == "plain"
+
+
+def test_the_table_has_the_lost_rows(record: Record) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_report(record, console)
+    printed = console.export_text()
+    fields = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}
+    assert fields["fast"] == ["fast", "50", "45-60", "8.3", "2.13", "80%", "0.50"]
+    assert fields["slow"] == ["slow", "300", "270-360", "1.4", "0.35", "13%", "3.00"]
+    assert ["dlrm_rs", "100", "90-120", "4.2", "1.06", "40%", "0.50"] in [line.split() for line in printed.splitlines()]
+    assert "Skipped: x: no memory" in printed
+    assert "234 rows of 64" in printed
+    assert "Load average" not in printed
+
+
+def test_a_busy_machine_is_told(record: Record) -> None:
+    record.machine["load"] = 3.0
+    printed = io.StringIO()
+    print_report(record, Console(width=80, file=printed))
+    assert "Load average 3.0" in printed.getvalue()
+
+
+def test_a_record_is_read_as_it_was_written(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    save_record(record, path)
+    assert load_record(path) == record
+    without = json.loads(path.read_text())
+    del without["measurements"][0]["times"]
+    path.write_text(json.dumps(without))
+    with pytest.raises(ValueError, match=r"record.json: expected a record written by `dlrm-rs bench`, .*'times'"):
+        load_record(path)
+
+
+def readme(record: Record, content: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], str]:
+    """What the script says and makes of a README."""
+    save_record(record, folder / "record.json")
+    (folder / "README.md").write_text(content)
+    script = Path(__file__).parents[1] / "benches" / "readme_table.py"
+    command: list[str | Path] = [sys.executable, script, folder / "record.json", "--readme", folder / "README.md"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result, (folder / "README.md").read_text()
+
+
+def test_the_readme_gets_its_table_from_a_record(record: Record, tmp_path: Path) -> None:
+    begin, end = "<!-- comparison: written by benches/readme_table.py -->", "<!-- comparison ends -->"
+    result, written = readme(record, f"before\n{begin}\nold\n{end}\nafter\n", tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = written.splitlines()
+    assert "| SINGLE | 16 | uniform | 0.50 (fast) |" in lines
+    assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", begin, end, "after")
+    assert "old" not in lines
+    assert "2000-01-02, a processor, 2 cores, 3 GiB; torch 2, FBGEMM not installed, commit unknown" in written
+    assert readme(record, written, tmp_path)[1] == written
+    ours = (Path(__file__).parents[1] / "README.md").read_text()
+    assert readme(record, ours, tmp_path)[0].returncode == 0
+
+    result, written = readme(record, "no markers", tmp_path)
+    assert "ValueError: README: expected '<!-- comparison:" in result.stderr
+    assert written == "no markers"
+
+
+class Named:
+    """A job that tells an environment variable instead of measurements, or ends its process."""
+
+    def __init__(self, variable: str | None) -> None:
+        self._variable = variable
+
+    def run(self) -> Any:
+        if self._variable is None:
+            os._exit(1)
+        return os.environ.get(self._variable)
+
+
+def test_a_process_has_its_environment_and_may_end() -> None:
+    worker = Worker({"DLRM_RS_TEST": "7"})
+    try:
+        assert str(worker.run(Named("DLRM_RS_TEST"))) == "7"
+        assert "DLRM_RS_TEST" not in os.environ
+        with pytest.raises(ProcessEndedError, match="the process ended; is there enough memory"):
+            worker.run(Named(None))
+        assert str(worker.run(Named("DLRM_RS_TEST"))) == "7"  # started anew
+    finally:
+        worker.close()
+
+
+def test_the_command_from_beginning_to_end(tmp_path: Path) -> None:
+    options = "--family lookup --shape SINGLE --batch-size 4 --row-format fp32 --ids zipf --threads 1 --seconds 0.01"
+    arguments = ["bench", *options.split(), "--rows", "200", "--output", str(tmp_path / "made")]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"}, catch_exceptions=False)
+    assert result.exit_code == 0
+    record = load_record(tmp_path / "made" / "bench.json")
+    assert {"nn.EmbeddingBag", "NumPy", NAME, CEILING} <= {m.side for m in record.measurements}
+    assert {"plain", "huge pages"} <= {m.environment for m in record.measurements}
+    assert record.machine["dlrm_rs"] == dlrm_rs.__version__
+    assert "nn.EmbeddingBag" in result.output
+    assert (tmp_path / "made" / "bench.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_quick_run_tells_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "QUICK_LAST_START", -1.0)
+    arguments = Arguments.chosen(True, {"formats": ("fp32",), "rows": 100, "families": ("lookup",)})
+    record = run.run(arguments, tmp_path, Console(file=io.StringIO()))
+    left_out = [line for line in record.skipped if line.endswith(": no time was left for it in a quick run")]
+    assert [line.split("; ")[1].split(")")[0] for line in left_out] == ["plain", "plain", "huge pages", "huge pages"]
+    assert load_record(tmp_path / "bench.json") == record
+
+
+def test_a_wrong_option_is_told(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "--shape", "BIG", "--output", str(tmp_path)], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "shapes: expected some of KAGGLE" in result.output
+
+
+def test_the_missing_extra_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name == "dlrm_rs.cli"]:
+        monkeypatch.delitem(sys.modules, name)
+    real = builtins.__import__
+
+    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "typer":
+            raise ModuleNotFoundError("No module named 'typer'", name="typer")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setattr(sys, "argv", ["dlrm-rs", "bench", "--quick"])
+    with pytest.raises(SystemExit, match=r'typer is not installed; pip install "dlrm_rs\[bench\]"'):
+        main()
+
+
+def test_measurements_are_plain_data() -> None:
+    m = measurement(NAME, 1e-4)
+    assert replace(m, times=Times(**asdict(m)["times"])) == m
+    assert lookup.CEILING != NAME
