@@ -14,7 +14,7 @@ SOURCES := $(shell find rust python -name '*.rs' -o -name '*.py' -o -name '*.pyi
 TORCH_VERSIONS ?= 2.6.0 newest
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel demo bench bench-rust bench-python test test-rust test-python test-torch test-neon lint format clean
+.PHONY: help wheel demo bench bench-rust bench-python test test-rust test-python test-torch test-fbgemm test-neon lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -44,6 +44,10 @@ test-python: $(VENV)/.installed
 
 test-torch: $(WHEELS)/.built ## Run pytest on the one wheel under torch 2.6.0 and the newest
 	set -e; for version in $(TORCH_VERSIONS); do tests/run_with_torch.sh $$version $(WHEELS)/*.whl; done
+
+test-fbgemm: $(BENCH_VENV)/.installed ## Compare packed rows with FBGEMM's, byte for byte
+	$(BENCH_VENV)/bin/pip install --quiet --group test
+	$(BENCH_VENV)/bin/python -m pytest tests/test_packed.py
 
 test-neon: ## Run the engine's tests for aarch64 under emulation (installs Debian packages; needs root)
 	rust/test_neon.sh

@@ -162,10 +162,11 @@ def test_torchs_quantized_modules_that_cannot_be_taken_over_stay() -> None:
 
 
 @pytest.mark.parametrize("dtype", PREPACK)
-def test_encodes_to_the_bytes_of_fbgemm(dtype: str) -> None:
+@pytest.mark.parametrize("kind", ["random", "constant", "denormal", "huge"])
+def test_encodes_to_the_bytes_of_fbgemm(dtype: str, kind: str) -> None:
     pytest.importorskip("fbgemm_gpu", reason="FBGEMM is not installed: `make test-fbgemm` has it")
-    for dim in range(8, 301, 4):
-        weight = rows("random", dim)
+    for dim in range(8, 301, 8):  # FBGEMM takes no row of an odd number of bytes
+        weight = rows(kind, dim, largest=1e30 if dtype == "int8" else 6e4)
         bags = dlrm_rs.EmbeddingBag(12, dim, _weight=weight)
         dlrm_rs.quantize(bags, dtype, method="minmax", scale_dtype=SCALES[dtype])
         if dtype == "int8":
