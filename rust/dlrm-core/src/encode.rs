@@ -273,6 +273,9 @@ struct Pass<'a> {
 impl Pass<'_> {
     /// Encodes and compares some rows, `block` at a time.
     fn rows(&self, rows: Range<usize>, block: usize) {
+        if self.call.precise && self.not_held.load(Ordering::Relaxed) < usize::MAX {
+            return; // other scales are tried next, for all rows
+        }
         let mut scratch = Vec::new();
         for first in rows.clone().step_by(block) {
             let block = first..rows.end.min(first + block);
