@@ -101,14 +101,14 @@ class HoldsWeight(nn.Module):
 
         Example:
             >>> import torch, dlrm_rs
-            >>> rows = torch.tensor([[0.0, 1.0, 15.0], [2.0, 2.0, 32.0]])
-            >>> bags = dlrm_rs.EmbeddingBag(2, 3, dtype="int4", _weight=rows)
+            >>> rows = torch.tensor([[0.0, 1.0, 9.0, 15.0], [2.0, 2.0, 8.0, 32.0]])
+            >>> bags = dlrm_rs.EmbeddingBag(2, 4, dtype="int4", _weight=rows)
             >>> packed = bags.to_packed()
             >>> torch.equal(packed, torch.ops.quantized.embedding_bag_4bit_prepack(rows))
             True
-            >>> again = dlrm_rs.EmbeddingBag(2, 3, dtype="int4").load_packed(packed)
+            >>> again = dlrm_rs.EmbeddingBag(2, 4, dtype="int4").load_packed(packed)
             >>> again(torch.tensor([[1]]))
-            tensor([[ 2.,  2., 32.]])
+            tensor([[ 2.,  2.,  8., 32.]])
         """
         return torch.from_numpy(self._tables.handle.pack(self._table, layout, row_alignment))
 
