@@ -29,7 +29,7 @@ from dlrm_rs.bench.lookup import CEILING, LookupJob
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.memory import groups
 from dlrm_rs.bench.process import ProcessEndedError, Worker
-from dlrm_rs.bench.quantize import QuantizeJob
+from dlrm_rs.bench.quantize import REPETITIONS, QuantizeJob
 from dlrm_rs.bench.record import Record, comparisons, load_record, save_record
 from dlrm_rs.bench.report import print_report
 from dlrm_rs.bench.rows import Rows, rounding
@@ -213,7 +213,7 @@ def test_quantization_is_measured(row_format: str, threads_stay: None, monkeypat
     measured = QuantizeJob("SINGLE", row_format, (), "plain", (1,), 1000).run()
     assert [m.side for m in measured] == [NAME, "torch prepack"]
     for m in measured:
-        assert (m.rows, m.bytes, m.times.calls) == (26_000, 26_000 * 256, 3)
+        assert (m.rows, m.bytes, m.times.calls) == (26_000, 26_000 * 256, REPETITIONS)
     monkeypatch.setattr(quantize, "operator", lambda _, action: lambda x: x[:, :64] + 0.5)
     with pytest.raises(WrongOutputError, match="torch prepack: rows of table 0: expected"):
         QuantizeJob("SINGLE", row_format, (), "plain", (1,), 1000).run()

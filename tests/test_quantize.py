@@ -318,3 +318,54 @@ def test_a_model_with_a_fused_optimizer_trains_on_after_a_search_that_fails() ->
 def test_a_budget_names_row_formats_that_exist() -> None:
     with pytest.raises(TypeError, match=r"formats of the budget: expected one of .* got 'int3'"):
         dlrm_rs.quantize(model(), budget=dlrm_rs.Budget(lambda _: 0.0, tolerance=0.1, formats=("int3",)))
+
+
+@pytest.mark.parametrize("change", [dlrm_rs.quantize, lambda module: dlrm_rs.dequantize(module, "fp16")])
+def test_what_would_not_work_any_more_is_refused(change: Any) -> None:
+    normed = dlrm_rs.EmbeddingBag(4, 4, max_norm=1.0)
+    with pytest.raises(ValueError, match=r"max_norm: expected None of '' for rows of (int8|fp16), got 1.0"):
+        change(normed)
+    table, linear = dlrm_rs.Embedding(4, 4), nn.Linear(4, 4)
+    linear.weight = table.weight
+    with pytest.raises(ValueError, match=r"their Parameter with no other module, got '1', whose 'weight' is one's"):
+        change(nn.ModuleList([table, linear]))
+    assert (normed.row_formats(), table.row_formats()) == ({"embedding_bag": "fp32"}, {"embedding": "fp32"})
+    with pytest.raises(ValueError, match="max_norm: expected None for rows of int8, got 1"):
+        dlrm_rs.EmbeddingBag(4, 4, max_norm=1.0, dtype="int8")
+    with pytest.raises(ValueError, match="max_norm: expected None for rows of int8, got 1"):
+        dlrm_rs.replace_embeddings(nn.Embedding(4, 4, max_norm=1.0), dtype="int8")
+
+
+def test_a_fused_optimizer_goes_with_fp32_rows_and_stays_with_them() -> None:
+    bags = dlrm_rs.EmbeddingBag(10, 4, mode="sum", optimizer=dlrm_rs.optim.Adagrad(lr=0.1))
+    ids = torch.tensor([[1, 2]])
+    dlrm_rs.quantize(bags, "fp32")
+    assert bags.fused_optimizer is not None
+    out = bags(ids)
+    dlrm_rs.dequantize(bags, "fp16")
+    assert bags.fused_optimizer is None
+    copy.deepcopy(bags)(ids).sum().backward()
+    with pytest.raises(RuntimeError, match="backward: expected the fused optimizer that the forward was made with"):
+        out.sum().backward()
+
+
+def test_a_frozen_table_comes_back_frozen() -> None:
+    table = dlrm_rs.Embedding.from_pretrained(torch.rand(4, 4))
+    dlrm_rs.quantize(table)
+    assert not dlrm_rs.dequantize(table).weight.requires_grad
+
+
+def test_a_budget_counts_scales_as_they_will_be_and_takes_names_as_quantize_does() -> None:
+    tables = model()
+    budget = dlrm_rs.Budget(lambda _: 1.0, tolerance=0.1, formats=("INT8",))
+    report = dlrm_rs.quantize(tables, scale_dtype=torch.float32, budget=budget)
+    assert report.choice is not None
+    assert report.choice.trial.total_bytes == report.total.bytes_after
+    with pytest.raises(ValueError, match="method: expected int4 rows with 'codebook', got int8"):
+        dlrm_rs.quantize(tables, method="codebook", budget=dlrm_rs.Budget(lambda _: 1.0, tolerance=0.1))
+
+
+def test_a_table_that_is_never_used_weighs_nothing() -> None:
+    tables = nn.ModuleDict({"used": dlrm_rs.Embedding(4, 4), "unused": dlrm_rs.Embedding(4, 4)})
+    report = dlrm_rs.quantize(tables, "int2", weights={"used": np.ones(4), "unused": np.zeros(4)})
+    assert report.total.error_mean == pytest.approx(report.tables[0].error_mean)

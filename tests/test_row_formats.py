@@ -223,6 +223,8 @@ BAD_STATES: dict[str, tuple[dict[str, Any], str]] = {
     "nan": ({"weight_scales": torch.full((6, 2), torch.nan)}, "row 0 of table .*: expected scale and bias that decode"),
     "codebook": ({"weight_codebook": torch.arange(16.0).flip(0)}, "codebook of table .* ascending from 0 to 15"),
     "long codebook": ({"weight_codebook": torch.arange(17.0)}, "codebook: expected 16 numbers, got 17"),
+    "no codebook": ({"weight_codebook": [1, 2]}, "expected tensors weight_format, weight_codes and weight_scales, got"),
+    "floats": ({"weight_format": torch.tensor([1.0, 4.0, 5.0])}, "expected int4 rows of dim 5 in version 1"),
     "no tensor": ({"weight_codes": [1, 2]}, "expected tensors weight_format, weight_codes and weight_scales, got"),
 }
 
@@ -234,6 +236,14 @@ def test_a_state_dict_that_does_not_fit_is_refused_in_words(change: dict[str, An
     with pytest.raises(RuntimeError, match=words):
         bags.load_state_dict({**quantized_state(), **change})
     assert all(torch.equal(tensor, before[key]) for key, tensor in bags.state_dict().items())
+
+
+def test_keys_that_mean_nothing_are_unexpected() -> None:
+    bags = dlrm_rs.EmbeddingBag(6, 5, dtype="int4")
+    state = {**quantized_state(), "weight_other": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"weight_other"'):
+        bags.load_state_dict(state)
+    assert bags.load_state_dict(state, strict=False).unexpected_keys == ["weight_other"]
 
 
 def test_rows_of_another_kind_are_refused_in_words() -> None:
@@ -302,9 +312,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "optimizer: expected tables of fp32 rows, got fp16",
     ),
     "max_norm": (
-        lambda: dlrm_rs.EmbeddingBag(4, 2, max_norm=1.0, dtype="int8")(torch.tensor([[1]])),
+        lambda: dlrm_rs.EmbeddingBag(4, 2, max_norm=1.0, dtype="int8"),
         ValueError,
-        "max_norm: expected tables of fp32 rows, got int8",
+        "max_norm: expected None for rows of int8, got 1",
     ),
     "weight": (
         lambda: dlrm_rs.Embedding(2, 2, dtype="int4", _weight=torch.tensor([[0.0, 1.0], [torch.inf, 2.0]])),

@@ -32,7 +32,7 @@ class Embedding(OwnsTable, nn.Embedding):
         num_embeddings: `N`, rows of the table.
         embedding_dim: `D`, elements of a row.
         padding_idx: A row that is never trained; negative counts from the back.
-        max_norm: Scale the looked-up rows down to this norm, in place, before they are read.
+        max_norm: Scale the looked-up rows down to this norm, in place, before they are read. Only with rows of fp32.
         norm_type: The p of that p-norm.
         scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences.
         sparse: Give `weight` a sparse gradient; without effect with a fused optimizer.

@@ -33,7 +33,7 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
     Args:
         num_embeddings: `N`, rows of the table.
         embedding_dim: `D`, elements of a row.
-        max_norm: Scale the looked-up rows down to this norm, in place, before pooling.
+        max_norm: Scale the looked-up rows down to this norm, in place, before pooling. Only with rows of fp32.
         norm_type: The p of that p-norm.
         scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences. Not with "max".
         mode: "sum", "mean" or "max".

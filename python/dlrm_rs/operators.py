@@ -57,7 +57,8 @@ def lookup(
         if True in trainable or (per_sample_weights is not None and per_sample_weights.requires_grad):
             # The fused update is one operation for all tables: any one weight ties it into the graph.
             inputs = weights if tables.optimizer is None else [w for w in weights if w.requires_grad][:1]
-            call = _Call(tables, tables.memory, weights, batch_size, trainable, sparse, scale_grad_by_freq)
+            fused = tables.optimizer is not None
+            call = _Call(tables, tables.memory, weights, batch_size, trainable, sparse, scale_grad_by_freq, fused)
             out: Tensor = _Lookup.apply(call, indices, offsets, per_sample_weights, *inputs)
             return out
     return _lookup(tables, indices, offsets, batch_size, per_sample_weights, None)
@@ -104,6 +105,7 @@ class _Call(NamedTuple):
     trainable: Sequence[bool]
     sparse: bool
     scale_grad_by_freq: bool
+    fused: bool
 
 
 class _Lookup(torch.autograd.Function):
@@ -130,6 +132,11 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         call: _Call = ctx.call
+        if call.fused and call.tables.optimizer is None:
+            raise RuntimeError(
+                "backward: expected the fused optimizer that the forward was made with, and it was given up since: the "
+                "tables have been quantized"
+            )
         indices, offsets, per_sample_weights, argmax, *_ = ctx.saved_tensors
         bags = (indices.numpy(), _array(offsets), call.batch_size)
         grad = grad.float().contiguous()  # (B, W) or (L, D)

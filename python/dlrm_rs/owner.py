@@ -158,7 +158,9 @@ class HoldsWeight(nn.Module):
         parts = {key.removeprefix("weight_"): state_dict[name] for key, name in here.items() if key != "weight"}
         row_format = self._tables.row_formats[self._table]
         if row_format in QUANTIZED and "weight" not in here and "format" in parts:
-            self._load_parts(prefix, parts, error_msgs)
+            known = {"format", "codes", "scales", "codebook"}
+            unexpected_keys.extend(f"{prefix}weight_{part}" for part in parts.keys() - known)
+            self._load_parts(prefix, {part: parts[part] for part in parts.keys() & known}, error_msgs)
         elif (row_format in QUANTIZED and "weight" in here) or (row_format not in QUANTIZED and "format" in parts):
             got = "rows that are numbers" if "weight" in here else _described(parts["format"])
             error_msgs.append(
@@ -173,18 +175,19 @@ class HoldsWeight(nn.Module):
             )
 
     def _load_parts(self, prefix: str, parts: dict[str, Any], error_msgs: list[str]) -> None:
-        if not all(isinstance(parts.get(part), Tensor) for part in ("format", "codes", "scales")):
+        wanted = {"format", "codes", "scales"}
+        if not wanted <= set(parts) or not all(isinstance(part, Tensor) for part in parts.values()):
             error_msgs.append(
                 f"{prefix}weight: expected tensors weight_format, weight_codes and weight_scales, got "
                 f"{ {part: type(value).__name__ for part, value in parts.items()} }"
             )
-        elif parts["format"].tolist() != self._format():
+        elif parts["format"].dtype is not torch.int64 or parts["format"].tolist() != self._format():
             expected = _described(torch.tensor(self._format()))
             error_msgs.append(f"{prefix}weight: expected {expected}, got {_described(parts['format'])}")
         else:
             try:
                 self._tables.load_packed_state(self._table, parts)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, of tensors without data
                 error_msgs.append(f"{prefix}weight: {error}")
 
     def _format(self) -> list[int]:
@@ -259,6 +262,8 @@ def single_table(
         optimizer: The fused optimizer, or None.
         output_dtype: Of what lookups give.
     """
+    if module.max_norm is not None and row_format != "fp32":
+        raise ValueError(f"max_norm: expected None for rows of {row_format}, got {module.max_norm}")
     table = TableSpec(name, module.num_embeddings, module.embedding_dim, row_format)
     pooling = module.mode if isinstance(module, nn.EmbeddingBag) else "none"
     padding_idx = check_padding_idx(module.padding_idx, module.num_embeddings)

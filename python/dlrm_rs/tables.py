@@ -199,6 +199,8 @@ class EmbeddingTables:
             if weight is not None:
                 self._check_weight(table, weight, any_dtype=True)
         self._slots = [self._slot(table) for table in range(len(tables))]
+        # Whether a Parameter is to be trained that comes back after its rows were quantized.
+        self._trainable = [weight is None or weight.requires_grad for weight in present]
         self._algorithm = optimizer.algorithm if optimizer else None
         handle = self._new_handle()
         for table, weight in enumerate(present):
@@ -368,6 +370,7 @@ class EmbeddingTables:
             weight = parameters.get("weight")
             if weight is not None:
                 increment_version([weight])  # a backward that still needs these rows is to notice
+                self._trainable[table] = weight.requires_grad
             displaced = Displaced(memory.handle.swap_rows(table, new.rows), self.row_formats[table], weight)
             self.row_formats[table] = new.row_format
             memory.moved(table)
@@ -377,7 +380,7 @@ class EmbeddingTables:
             else:
                 view = memory.view(table)
                 if new.weight is None:
-                    parameters["weight"] = nn.Parameter(view)
+                    parameters["weight"] = nn.Parameter(view, requires_grad=self._trainable[table])
                 else:
                     new.weight.grad = None
                     new.weight.data = view

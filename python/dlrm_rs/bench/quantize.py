@@ -137,7 +137,7 @@ def _fbgemm_pack(row_format: str) -> Pack:
 
 def _every_table(pack: Pack, weight: Tensor, shape: Shape) -> Callable[[], object]:
     """Pack every table of a model."""
-    # Each in memory of its own, as ours are: where a machine's memory is slow to be had, one table again and again would
-    # leave the packed ones memory that was in use just before.
+    # Each in memory of its own, as ours are: where a machine's memory is slow to be had, one table again and again
+    # would leave the packed ones memory that was in use just before.
     tables = [weight[:N].clone() for N in shape.num_embeddings]
     return lambda: [pack(table) for table in tables]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from dlrm_rs._dlrm_rs import TableRows
-from dlrm_rs.owner import OwnsTables
+from dlrm_rs.owner import HoldsWeight, OwnsTables
 from dlrm_rs.quantization.budget import Budget, Choice, TableSizes
 from dlrm_rs.quantization.progress import Progress, progress_bar
 from dlrm_rs.quantization.report import QuantizationReport, ReportBuilder, TableChange
@@ -24,9 +25,6 @@ from dlrm_rs.tables import Displaced, EmbeddingTables
 __all__ = ["dequantize", "quantize"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-# Bytes of a row's scale and bias, float16 or bfloat16.
-_PAIR_BYTES = 4
 
 
 class _Table(NamedTuple):
@@ -45,13 +43,14 @@ class _Table(NamedTuple):
         _, num_embeddings, embedding_dim, _ = self.tables.tables[self.place]
         return num_embeddings, embedding_dim
 
-    def bytes_in(self, row_format: str) -> int:
-        """What rows take in a format that they are quantized to."""
+    def bytes_in(self, row_format: str, scale_format: str | None) -> int:
+        """What rows take in a format that they are quantized to, with scales in another."""
         num_embeddings, embedding_dim = self.shape
         if row_format in TORCH_DTYPES:
             return num_embeddings * embedding_dim * TORCH_DTYPES[row_format].itemsize
         bits = int(row_format.removeprefix("int"))
-        return num_embeddings * (-(-embedding_dim * bits // 8) + _PAIR_BYTES)
+        pair_bytes = 8 if scale_format == "fp32" else 4  # of scale and bias
+        return num_embeddings * (-(-embedding_dim * bits // 8) + pair_bytes)
 
     def bytes_now(self) -> int:
         sizes = self.tables.handle.memory_report()[self.place]
@@ -99,12 +98,14 @@ def quantize(
     The rows are those that the tables have now; each is encoded by itself. `weight` is no Parameter of the model any
     more where rows are quantized, and a fused optimizer is given up with its state: quantize a model that is trained.
 
+    Whoever holds the old `weight`, such as a torch optimizer, keeps it and its memory: let go of it first.
+
     Memory: the new rows, beside the old ones until all are made. Where that does not fit, every table is encoded twice,
     once to see that it can be, and the old rows are freed table by table.
 
     Args:
         module: A model with tables of `dlrm_rs` in it.
-        dtype: The row format: "int8", "int4", "int2", "fp16", "bf16" or their torch dtype.
+        dtype: The row format: "int8", "int4", "int2", "fp16" or "bf16"; or `torch.float16` or `torch.bfloat16`.
         method: How scale and bias of a row are found. "minmax": from its smallest and largest element. "lsq": least
             squares, from several starts, never worse than "minmax"; slower. "codebook", for int4: likewise, with 16
             numbers of the table's own in place of evenly spaced ones, the best for heavy-tailed rows. None for "minmax"
@@ -112,6 +113,8 @@ def quantize(
         scale_dtype: How scale and bias are stored. None for float16, or bfloat16 where that does not hold those of
             every row of the table with its usual precision. `torch.float32` gives int8 rows the bytes of torch's
             prepack.
+            Rows whose largest element is below about 1e-36 decode to their smallest one, as their scale is too small to
+            divide by.
         nonfinite: What a NaN or an infinity is: an "error", or "zero".
         weights: For every table by its name in the model, how often each row is used, `(N,)`: weighs the errors of the
             report.
@@ -127,7 +130,8 @@ def quantize(
         ValueError: No tables of `dlrm_rs` in the model; a NaN or an infinity in a row, or a number that the row format
             cannot hold, by table and row; options that do not go together; weights that do not fit the tables.
         TypeError: There is no such row format.
-        MemoryError: Not enough for the rows of one more table. In all cases the model is as it was.
+        MemoryError: Not enough for the rows of one more table. In all cases the model is as it was, but where memory
+            that was there when all was checked is gone afterwards: tables before that one are quantized then.
 
     Example:
         >>> import torch, dlrm_rs
@@ -141,7 +145,14 @@ def quantize(
         torch.Size([1, 64])
     """
     tables = _tables_of(module)
-    formats = dict.fromkeys((table.name for table in tables), row_format("dtype", dtype))
+    name = row_format("dtype", dtype)
+    formats = dict.fromkeys((table.name for table in tables), name)
+    if budget is not None:
+        names = tuple(row_format("formats of the budget", candidate) for candidate in budget.formats)
+        budget = replace(budget, formats=names)
+    for candidate in budget.formats if budget is not None else (name,):
+        _check_method(method, candidate)
+        _check_changeable(module, tables, candidate)
     encoding = _Encoding(method, _scale_format(scale_dtype), _zero_nonfinite(nonfinite))
     used = _check_weights(weights, tables)
     choice = None
@@ -149,10 +160,7 @@ def quantize(
         if budget is not None:
             choice = _choose(module, tables, budget, encoding, bar)
             formats = dict(choice.formats)
-        report = _apply(tables, formats, encoding, used, choice, bar)
-    for table in tables:
-        table.tables.drop_optimizer()
-    return report
+        return _apply(tables, formats, encoding, used, choice, bar)
 
 
 def dequantize(module: ModuleT, dtype: torch.dtype | str = "fp32") -> ModuleT:
@@ -183,6 +191,7 @@ def dequantize(module: ModuleT, dtype: torch.dtype | str = "fp32") -> ModuleT:
         raise TypeError(f"dtype: expected one of {', '.join(map(repr, TORCH_DTYPES))}, got {dtype!r}")
     tables = _tables_of(module)
     formats = dict.fromkeys((table.name for table in tables), name)
+    _check_changeable(module, tables, name)
     with progress_bar(None, sum(table.bytes_now() for table in tables)) as bar:
         _apply(tables, formats, _Encoding(None, None, False), {}, None, bar)
     return module
@@ -204,6 +213,30 @@ def _tables_of(module: nn.Module) -> list[_Table]:
             "torch into the engine"
         )
     return [table for tables in found.values() for table in tables]
+
+
+def _check_method(method: str | None, row_format: str) -> None:
+    """Refuse a method that has nothing to search for in a row format, or is none."""
+    fitting = {"minmax": (*TORCH_DTYPES, *QUANTIZED), "lsq": QUANTIZED, "codebook": ("int4",)}
+    if method is not None and method not in fitting:
+        raise ValueError(f"method: expected one of {', '.join(fitting)}, got {method!r}")
+    if method is not None and row_format not in fitting[method]:
+        formats = " or ".join(", ".join(fitting[method]).rsplit(", ", 1))
+        raise ValueError(f"method: expected {formats} rows with {method!r}, got {row_format}")
+
+
+def _check_changeable(module: nn.Module, tables: Sequence[_Table], row_format: str) -> None:
+    """Refuse what would not work any more with rows of another format."""
+    weights = {id(weight) for table in tables for weight in table.tables.weights() if weight.numel()}
+    for name, owner in module.named_modules():
+        if getattr(owner, "max_norm", None) is not None and isinstance(owner, OwnsTables) and row_format != "fp32":
+            raise ValueError(f"max_norm: expected None of {name!r} for rows of {row_format}, got {owner.max_norm}")
+        shared = [key for key, value in owner._parameters.items() if id(value) in weights]
+        if shared and not isinstance(owner, HoldsWeight):
+            raise ValueError(
+                f"weight: expected tables that share their Parameter with no other module, got {name!r}, whose "
+                f"{shared[0]!r} is one's weight and would stay behind"
+            )
 
 
 def _scale_format(scale_dtype: torch.dtype | None) -> str | None:
@@ -258,6 +291,9 @@ def _apply(
             errors, largest_error = encoded.errors, encoded.largest_error
         change = TableChange(table.name, *table.shape, before, table.row_format, bytes_before, table.bytes_now())
         builder.add(change, errors, largest_error, weights.get(table.name))
+    for table in tables:
+        if any(name != "fp32" for name in table.tables.row_formats):
+            table.tables.drop_optimizer()  # which trains fp32 rows alone
     return builder.build(choice)
 
 
@@ -271,15 +307,11 @@ def _bytes_of(table: _Table) -> int:
 
 def _choose(module: nn.Module, tables: Sequence[_Table], budget: Budget, encoding: _Encoding, bar: Progress) -> Choice:
     """Search for the formats; every table is as it was afterwards."""
-    candidates = [row_format("formats of the budget", name) for name in budget.formats]
-    sizes = [
-        TableSizes(
-            table.name,
-            table.row_format,
-            {**{name: table.bytes_in(name) for name in candidates}, table.row_format: table.bytes_now()},
-        )
-        for table in tables
-    ]
+    sizes = []
+    for table in tables:
+        bytes_of = {name: table.bytes_in(name, encoding.scale_format) for name in budget.formats}
+        bytes_of[table.row_format] = table.bytes_now()
+        sizes.append(TableSizes(table.name, table.row_format, bytes_of))
     with _trying(tables, encoding) as switch, bar.steps("Measuring") as progress:
 
         def evaluate(formats: Mapping[str, str]) -> float:

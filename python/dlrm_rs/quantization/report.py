@@ -82,7 +82,7 @@ class TableReport(TableChange):
             weights: `(N,)`, how often each row is used; None where all count alike.
 
         Raises:
-            ValueError: `errors` or `weights` of another shape; weights with a negative number, or all 0.
+            ValueError: `errors` or `weights` of another shape; weights with a negative number.
 
         Example:
             >>> import numpy as np

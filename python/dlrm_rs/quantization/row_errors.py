@@ -35,14 +35,14 @@ def row_weights(table: str, weights: ArrayLike, num_embeddings: int) -> NDArray[
 
     Args:
         table: The table's name, for messages.
-        weights: `(N,)` numbers of at least 0 that are not all 0; only their ratios matter.
+        weights: `(N,)` numbers of at least 0; only their ratios matter. A table that is never used has zeros.
         num_embeddings: `N`.
 
     Returns:
         The weights as float32; the same memory if they were that.
 
     Raises:
-        ValueError: Another shape, a negative number or one that float32 does not hold, or none above 0.
+        ValueError: Another shape, a negative number or one that float32 does not hold.
 
     Example:
         >>> row_weights("t0", [1, 0, 3], 3)
@@ -61,8 +61,6 @@ def row_weights(table: str, weights: ArrayLike, num_embeddings: int) -> NDArray[
             raise ValueError(
                 f"weights of {table!r}: expected finite float32 numbers of at least 0, got {array[row]} at row {row}"
             )
-    if not array[greatest]:
-        raise ValueError(f"weights of {table!r}: expected at least one above 0, got 0 at each of {num_embeddings} rows")
     return array
 
 

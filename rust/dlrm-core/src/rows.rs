@@ -166,81 +166,50 @@ impl Map for Same {
     }
 }
 
-/// Single precision.
-#[derive(Clone, Copy)]
-pub(crate) struct Fp32;
+/// A packing by the operations of a level.
+macro_rules! packing {
+    ($(#[$doc:meta])* $name:ident, [$unit:ty; $len:expr], $load:ident, $store:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        pub(crate) struct $name;
 
-impl Packing for Fp32 {
-    type Unit = f32;
-    type Group = Lanes;
+        impl Packing for $name {
+            type Unit = $unit;
+            type Group = [$unit; $len];
 
-    #[inline(always)]
-    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
-        simd.load(group)
-    }
+            #[inline(always)]
+            fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
+                simd.$load(group)
+            }
 
-    #[inline(always)]
-    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
-        simd.store(group, numbers);
-    }
+            #[inline(always)]
+            fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
+                simd.$store(group, numbers);
+            }
+        }
+    };
 }
 
-/// Half precision.
-#[derive(Clone, Copy)]
-pub(crate) struct Fp16;
-
-impl Packing for Fp16 {
-    type Unit = u16;
-    type Group = [u16; LANES];
-
-    #[inline(always)]
-    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
-        simd.load_fp16(group)
-    }
-
-    #[inline(always)]
-    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
-        simd.store_fp16(group, numbers);
-    }
-}
-
-/// The upper halves of single precision.
-#[derive(Clone, Copy)]
-pub(crate) struct Bf16;
-
-impl Packing for Bf16 {
-    type Unit = u16;
-    type Group = [u16; LANES];
-
-    #[inline(always)]
-    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
-        simd.load_bf16(group)
-    }
-
-    #[inline(always)]
-    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
-        simd.store_bf16(group, numbers);
-    }
-}
-
-/// Codes of 8 bits.
-#[derive(Clone, Copy)]
-pub(crate) struct Int8;
-
-impl Packing for Int8 {
-    type Unit = u8;
-    type Group = [u8; LANES];
-
-    #[inline(always)]
-    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
-        simd.load_int8(group)
-    }
-
-    #[inline(always)]
-    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
-        simd.store_int8(group, numbers);
-    }
-}
+packing!(
+    /// Single precision.
+    Fp32, [f32; LANES], load, store
+);
+packing!(
+    /// Half precision.
+    Fp16, [u16; LANES], load_fp16, store_fp16
+);
+packing!(
+    /// The upper halves of single precision.
+    Bf16, [u16; LANES], load_bf16, store_bf16
+);
+packing!(
+    /// Codes of 8 bits.
+    Int8, [u8; LANES], load_int8, store_int8
+);
+packing!(
+    /// Codes of 2 bits.
+    Int2, [u8; LANES / 4], load_int2, store_int2
+);
 
 /// Codes of 4 bits, into a codebook.
 #[derive(Clone, Copy)]
@@ -258,25 +227,6 @@ impl Packing for Int4<'_> {
     #[inline(always)]
     fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
         simd.store_int4(group, numbers);
-    }
-}
-
-/// Codes of 2 bits.
-#[derive(Clone, Copy)]
-pub(crate) struct Int2;
-
-impl Packing for Int2 {
-    type Unit = u8;
-    type Group = [u8; LANES / 4];
-
-    #[inline(always)]
-    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
-        simd.load_int2(group)
-    }
-
-    #[inline(always)]
-    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
-        simd.store_int2(group, numbers);
     }
 }
 
