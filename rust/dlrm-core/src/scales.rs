@@ -1,7 +1,7 @@
 //! The scale and the bias of every row of a quantized table: how they are stored, and how they are read.
 //!
 //! They lie beside the rows and not in them: a row of 64 int8 elements then is one cache line, and 16 or 8 rows share a
-//! line of scales (`benches/record` has the measurement).
+//! line of scales (`benches/record/2026-11-24-layout.md`).
 
 use std::fmt;
 use std::str::FromStr;
