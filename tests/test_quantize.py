@@ -369,3 +369,18 @@ def test_a_table_that_is_never_used_weighs_nothing() -> None:
     tables = nn.ModuleDict({"used": dlrm_rs.Embedding(4, 4), "unused": dlrm_rs.Embedding(4, 4)})
     report = dlrm_rs.quantize(tables, "int2", weights={"used": np.ones(4), "unused": np.zeros(4)})
     assert report.total.error_mean == pytest.approx(report.tables[0].error_mean)
+
+
+@pytest.mark.parametrize("method", ["minmax", "lsq"])
+def test_a_budget_leaves_the_tables_alone_that_it_keeps(method: str) -> None:
+    tables = model()
+    before = weights_of(tables)
+    parameters = dict(tables.named_parameters())
+    metric = Metric(tables)
+    budget = dlrm_rs.Budget(metric, tolerance=0.0, formats=("int2",))
+    report = dlrm_rs.quantize(tables, method=method, budget=budget)
+    assert report.tables[0].format_after == "fp32"
+    assert report.tables[0].error_worst == 0
+    name = "bags.embedding_bags.a.weight"
+    assert tables.get_parameter(name) is parameters[name]
+    assert torch.equal(tables.get_parameter(name), before[name])

@@ -70,8 +70,8 @@ class HoldsWeight(nn.Module):
     `weight_codebook`, and `weight_format`: `(3,)` int64, the version of this layout, the bits of a code, and `D`.
     """
 
-    # The table; `_place` finds it.
     _tables: EmbeddingTables
+    # Which of them.
     _table: int = 0
 
     def __getattr__(self, name: str) -> Any:

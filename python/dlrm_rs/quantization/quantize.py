@@ -98,6 +98,8 @@ def quantize(
     The rows are those that the tables have now; each is encoded by itself. `weight` is no Parameter of the model any
     more where rows are quantized, and a fused optimizer is given up with its state: quantize a model that is trained.
 
+    Rows whose largest element is below about 1e-36 decode to their smallest one: their scale is too small to divide by.
+
     Whoever holds the old `weight`, such as a torch optimizer, keeps it and its memory: let go of it first.
 
     Memory: the new rows, beside the old ones until all are made. Where that does not fit, every table is encoded twice,
@@ -113,8 +115,6 @@ def quantize(
         scale_dtype: How scale and bias are stored. None for float16, or bfloat16 where that does not hold those of
             every row of the table with its usual precision. `torch.float32` gives int8 rows the bytes of torch's
             prepack.
-            Rows whose largest element is below about 1e-36 decode to their smallest one, as their scale is too small to
-            divide by.
         nonfinite: What a NaN or an infinity is: an "error", or "zero".
         weights: For every table by its name in the model, how often each row is used, `(N,)`: weighs the errors of the
             report.
@@ -272,7 +272,9 @@ def _apply(
     bar: Progress,
 ) -> QuantizationReport:
     """Bring every table into its format, or none at all."""
-    changing = [table for table in tables if table.row_format != formats[table.name] or encoding != _PLAIN]
+    # Rows that are in their format already are encoded again only where the user says how rows are to be encoded.
+    again = QUANTIZED if choice is None and encoding != _PLAIN else ()
+    changing = [t for t in tables if t.row_format != formats[t.name] or t.row_format in again]
     made: dict[str, _Encoded] = {}
     try:
         for table in bar.of("Encoding", changing, _bytes_of):
@@ -297,7 +299,7 @@ def _apply(
     return builder.build(choice)
 
 
-# Of a table that is in its format already nothing is to be done, unless the user says how it is to be encoded.
+# What the user gets who says nothing.
 _PLAIN = _Encoding(None, None, False)
 
 
