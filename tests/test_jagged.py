@@ -5,7 +5,9 @@ import pickle
 import pytest
 import torch
 
-from dlrm_rs.jagged import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from dlrm_rs.jagged import JaggedTensor
+from dlrm_rs.keyed_jagged import KeyedJaggedTensor
+from dlrm_rs.keyed_tensor import KeyedTensor
 
 KEYS = ["a", "b", "c"]
 VALUES = [10, 11, 20, 30, 31, 32, 40]

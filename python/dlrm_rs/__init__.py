@@ -15,7 +15,8 @@ from dlrm_rs._dlrm_rs import __version__, get_num_threads, info, set_num_threads
 from dlrm_rs.collection import EmbeddingBagCollection, EmbeddingBagConfig
 from dlrm_rs.embedding import Embedding
 from dlrm_rs.embedding_bag import EmbeddingBag
-from dlrm_rs.jagged import KeyedJaggedTensor, KeyedTensor
+from dlrm_rs.keyed_jagged import KeyedJaggedTensor
+from dlrm_rs.keyed_tensor import KeyedTensor
 from dlrm_rs.model import DLRM
 from dlrm_rs.quantization import Budget, QuantizationReport, dequantize, quantize
 from dlrm_rs.replace import replace_embeddings

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from dlrm_rs import operators
 from dlrm_rs.arguments import check_device, check_pooling, float_tensor, index_tensor
-from dlrm_rs.jagged import KeyedJaggedTensor, KeyedTensor
+from dlrm_rs.keyed_jagged import KeyedJaggedTensor
+from dlrm_rs.keyed_tensor import KeyedTensor
 from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.owner import HoldsWeight, OwnsTables
 from dlrm_rs.row_formats import output_dtype as checked_output_dtype
 from dlrm_rs.row_formats import row_format
 from dlrm_rs.tables import EmbeddingTables, FeatureSpec, TableSpec
+from dlrm_rs.variable_batch import expand, fill_up
 
 __all__ = ["EmbeddingBagCollection", "EmbeddingBagConfig"]
 
@@ -150,22 +152,29 @@ class EmbeddingBagCollection(OwnsTables):
 
         Args:
             features: A KeyedJaggedTensor, ours or TorchRec's, on the CPU, with at least the features of the tables.
-                Best in the order of the tables; other orders and other features cost a copy of the ids.
+                Best in the order of the tables; other orders and other features cost a copy of the ids. Where features
+                have numbers of bags of their own, with inverse indices.
 
         Returns:
             A KeyedTensor, ours or TorchRec's as came in, with a feature's columns under its name.
 
         Raises:
-            IndexError: An id is not a row of its table.
-            ValueError: A feature is missing, or ids, offsets or weights cannot be.
+            IndexError: An id is not a row of its table, or an inverse index not a bag of its feature.
+            ValueError: A feature is missing, or ids, offsets, weights or inverse indices cannot be.
             TypeError: `features` is no KeyedJaggedTensor, or ids that are not integers.
         """
         keyed_tensor = _keyed_tensor_class(type(features))  # type: ignore[arg-type] # mypy takes a class for its instance
-        keys = features.keys()
+        keys, inverse = features.keys(), features.inverse_indices_or_none()
         if keys != self._features:
-            features = features.permute(_positions(keys, self._features))
-        weights = features.weights_or_none()
-        values = self._lookup("features.values()", features.values(), "features.offsets()", features.offsets(), weights)
+            features = features.permute(_positions(keys, self._features))  # in which TorchRec's loses the inverse
+        ids, offsets, weights = features.values(), features.offsets(), features.weights_or_none()
+        if inverse is None and not features.variable_stride_per_key():
+            values = self._lookup("features.values()", ids, "features.offsets()", offsets, weights)
+        else:
+            strides = features.stride_per_key()
+            offsets = fill_up(offsets, strides)
+            values = self._lookup("features.values()", ids, "features.offsets()", offsets, weights)
+            values = expand(values, self._features, self._lengths, strides, inverse)
         return keyed_tensor(self._embedding_names, self._lengths, values)
 
     def lookup(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
@@ -297,7 +306,12 @@ def _positions(keys: Sequence[str], wanted: Sequence[str]) -> list[int]:
 def _keyed_tensor_class(features: type) -> Callable[[list[str], list[int], Tensor], KeyedTensor]:
     """The KeyedTensor that lives beside a KeyedJaggedTensor class: ours beside ours, TorchRec's beside TorchRec's."""
     for base in features.__mro__:
+        if base is KeyedJaggedTensor:
+            return KeyedTensor
         if base.__name__ == "KeyedJaggedTensor":
             found: type[KeyedTensor] = sys.modules[base.__module__].KeyedTensor
             return found
-    raise TypeError(f"features: expected a KeyedJaggedTensor, got {features.__name__}; `lookup` takes ids and offsets")
+    raise TypeError(
+        f"features: expected a KeyedJaggedTensor, got {features.__name__}; `lookup` takes ids and offsets, and "
+        "torchrec.sparse.tensor_dict.maybe_td_to_kjt makes one of a TensorDict"
+    )

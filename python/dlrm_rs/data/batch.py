@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dlrm_rs.jagged import KeyedJaggedTensor
+from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 
 
 class Batch(NamedTuple):

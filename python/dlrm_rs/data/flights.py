@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dlrm_rs.data.batch import Batch
-from dlrm_rs.jagged import KeyedJaggedTensor
+from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 
 try:
     import pandas as pd

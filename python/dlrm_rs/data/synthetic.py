@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from dlrm_rs.data.batch import Batch
 from dlrm_rs.data.zipf import MAX_ROWS, scatter, zipf_ranks
-from dlrm_rs.jagged import KeyedJaggedTensor
+from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 
 __all__ = ["SHAPES", "ClickLog", "Shape"]
 

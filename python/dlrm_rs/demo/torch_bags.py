@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from dlrm_rs.collection import EmbeddingBagConfig
-from dlrm_rs.jagged import KeyedJaggedTensor, KeyedTensor
+from dlrm_rs.keyed_jagged import KeyedJaggedTensor
+from dlrm_rs.keyed_tensor import KeyedTensor
 
 
 class TorchEmbeddingBags(nn.Module):
