@@ -171,7 +171,7 @@ def test_prints_its_tables() -> None:
     collection = EmbeddingBagCollection([EmbeddingBagConfig("a", 400, 8, ["x"])], optimizer=dlrm_rs.optim.SGD(lr=1))
     text = repr(collection)
     assert "features=['x'], is_weighted=False, optimizer=sgd" in text
-    assert "(a): _Table(400, 8, dtype=fp32)" in text
+    assert "(a): Table(400, 8, dtype=fp32)" in text
 
 
 def test_accepts_torchrecs_classes_and_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,16 @@ or many tables in one call, trained inside backward:
 
 from dlrm_rs import optim
 from dlrm_rs._dlrm_rs import __version__, get_num_threads, info, set_num_threads
-from dlrm_rs.collection import EmbeddingBagCollection, EmbeddingBagConfig
+from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.embedding import Embedding
 from dlrm_rs.embedding_bag import EmbeddingBag
+from dlrm_rs.embedding_collection import EmbeddingCollection
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.keyed_tensor import KeyedTensor
 from dlrm_rs.model import DLRM
 from dlrm_rs.quantization import Budget, QuantizationReport, dequantize, quantize
 from dlrm_rs.replace import replace_embeddings
+from dlrm_rs.table_configs import EmbeddingBagConfig, EmbeddingConfig
 
 __all__ = [
     "DLRM",
@@ -28,6 +30,8 @@ __all__ = [
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "EmbeddingBagConfig",
+    "EmbeddingCollection",
+    "EmbeddingConfig",
     "KeyedJaggedTensor",
     "KeyedTensor",
     "QuantizationReport",

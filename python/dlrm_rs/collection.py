@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,41 +11,15 @@ from dlrm_rs import operators
 from dlrm_rs.arguments import check_device, check_pooling, float_tensor, index_tensor
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.keyed_tensor import KeyedTensor
+from dlrm_rs.named_tables import NamedTables, beside
 from dlrm_rs.optim import OptimizerSpec
-from dlrm_rs.owner import HoldsWeight, OwnsTables
-from dlrm_rs.row_formats import output_dtype as checked_output_dtype
-from dlrm_rs.row_formats import row_format
-from dlrm_rs.tables import EmbeddingTables, FeatureSpec, TableSpec
+from dlrm_rs.table_configs import EmbeddingBagConfig
 from dlrm_rs.variable_batch import expand, fill_up
 
-__all__ = ["EmbeddingBagCollection", "EmbeddingBagConfig"]
+__all__ = ["EmbeddingBagCollection"]
 
 
-@dataclass
-class EmbeddingBagConfig:
-    """A table of an `EmbeddingBagCollection`.
-
-    Args:
-        name: The table's name; its weight is `embedding_bags.{name}.weight` in a state_dict.
-        num_embeddings: `N`, rows of the table.
-        embedding_dim: `D`, elements of a row.
-        feature_names: The features that look up in this table.
-        pooling: "sum", "mean" or "max".
-        data_type: How a row is stored: "fp32", "fp16", "bf16", "int8", "int4" or "int2", or a torch dtype.
-        init_fn: Fills the weight in place; by default from U(-sqrt(1/N), sqrt(1/N)). Quantized rows are made of what it
-            fills, a float32 tensor `(N, D)` that is there for that time.
-    """
-
-    name: str
-    num_embeddings: int
-    embedding_dim: int
-    feature_names: list[str]
-    pooling: str = "sum"
-    data_type: torch.dtype | str = "fp32"
-    init_fn: Callable[[Tensor], Any] | None = None
-
-
-class EmbeddingBagCollection(OwnsTables):
+class EmbeddingBagCollection(NamedTables):
     """Many embedding tables, looked up and pooled in one call.
 
     Letters: `F` features, `B` batch, `D` dim of a feature's table. The output has a feature's columns side by side:
@@ -104,6 +73,9 @@ class EmbeddingBagCollection(OwnsTables):
         torch.Size([2, 3])
     """
 
+    embedding_bags: nn.ModuleDict
+    _holders = "embedding_bags"
+
     def __init__(
         self,
         tables: Sequence[EmbeddingBagConfig],
@@ -113,39 +85,11 @@ class EmbeddingBagCollection(OwnsTables):
         optimizer: OptimizerSpec | None = None,
         output_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
         check_device(device)
-        _check_names(tables)
-        self._configs = list(tables)
+        super().__init__(tables)
         self._is_weighted = is_weighted
-        self._features = [feature for table in tables for feature in table.feature_names]
-        self._embedding_names = _embedding_names(tables)
-        self._lengths = [table.embedding_dim for table in tables for _ in table.feature_names]
-        specs = [
-            TableSpec(
-                config.name,
-                config.num_embeddings,
-                config.embedding_dim,
-                row_format(f"data_type of table {config.name!r}", config.data_type),
-            )
-            for config in tables
-        ]
-        features = [
-            FeatureSpec(table, check_pooling(f"pooling of table {config.name!r}", config.pooling), None)
-            for table, config in enumerate(tables)
-            for _ in config.feature_names
-        ]
-        self.embedding_bags = nn.ModuleDict({table.name: _Table() for table in tables})
-        holders = cast(list[_Table], list(self.embedding_bags.values()))
-        self._tables = EmbeddingTables(specs, features, holders, optimizer, checked_output_dtype(output_dtype))
-        for table, holder in enumerate(holders):
-            holder._tables, holder._table = self._tables, table
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Fill every table by its `init_fn`, or from U(-sqrt(1/N), sqrt(1/N))."""
-        for table, config in enumerate(self._configs):
-            self._tables.initialize(table, functools.partial(_fill, config), whole=config.init_fn is not None)
+        poolings = [check_pooling(f"pooling of table {config.name!r}", config.pooling) for config in tables]
+        self._make_tables(poolings, optimizer, output_dtype)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool every feature.
@@ -163,10 +107,9 @@ class EmbeddingBagCollection(OwnsTables):
             ValueError: A feature is missing, or ids, offsets, weights or inverse indices cannot be.
             TypeError: `features` is no KeyedJaggedTensor, or ids that are not integers.
         """
-        keyed_tensor = _keyed_tensor_class(type(features))  # type: ignore[arg-type] # mypy takes a class for its instance
-        keys, inverse = features.keys(), features.inverse_indices_or_none()
-        if keys != self._features:
-            features = features.permute(_positions(keys, self._features))  # in which TorchRec's loses the inverse
+        keyed_tensor: type[KeyedTensor] = beside(type(features), "KeyedTensor")  # type: ignore[arg-type] # mypy: a class is its instance
+        inverse = features.inverse_indices_or_none()
+        features = self._in_order(features)
         ids, offsets, weights = features.values(), features.offsets(), features.weights_or_none()
         if inverse is None and not features.variable_stride_per_key():
             values = self._lookup("features.values()", ids, "features.offsets()", offsets, weights)
@@ -247,71 +190,3 @@ class EmbeddingBagCollection(OwnsTables):
         """What the module prints of itself."""
         algorithm = self.fused_optimizer.defaults["algorithm"] if self.fused_optimizer else None
         return f"features={self._embedding_names}, is_weighted={self._is_weighted}, optimizer={algorithm}"
-
-
-class _Table(HoldsWeight):
-    """Holds the weight of one table under its name."""
-
-    def extra_repr(self) -> str:
-        _, num_embeddings, embedding_dim, _ = self._tables.tables[self._table]
-        return f"{num_embeddings}, {embedding_dim}, dtype={self._tables.row_formats[self._table]}"
-
-
-def _fill(config: EmbeddingBagConfig, rows: Tensor, _first: int) -> None:
-    if config.init_fn is not None:
-        config.init_fn(rows)
-    else:
-        bound = max(config.num_embeddings, 1) ** -0.5
-        rows.uniform_(-bound, bound)
-
-
-def _check_names(tables: Sequence[EmbeddingBagConfig]) -> None:
-    if not tables:
-        raise ValueError("tables: expected at least one, got none")
-    for name, count in Counter(table.name for table in tables).items():
-        if count > 1:
-            raise ValueError(f"tables: expected names that differ, got {name!r} {count} times")
-        # What torch.nn.ModuleDict cannot take as a key.
-        if not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"tables: expected names without '.' that are no attribute of a module, got {name!r}")
-    for table in tables:
-        names = table.feature_names
-        if isinstance(names, str) or not names or len(set(names)) != len(names):
-            raise ValueError(
-                f"feature_names of table {table.name!r}: expected one or more names that differ, got {names!r}"
-            )
-
-
-def _embedding_names(tables: Sequence[EmbeddingBagConfig]) -> list[str]:
-    tables_of = Counter(feature for table in tables for feature in table.feature_names)
-
-    def names() -> Iterator[str]:
-        for table in tables:
-            for feature in table.feature_names:
-                yield feature if tables_of[feature] == 1 else f"{feature}@{table.name}"
-
-    return list(names())
-
-
-def _positions(keys: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """Where every wanted feature is among the keys."""
-    position = {key: index for index, key in enumerate(keys)}
-    missing = [feature for feature in wanted if feature not in position]
-    if missing:
-        raise ValueError(f"features: expected the keys {list(wanted)}, got {list(keys)}, which lack {missing}")
-    return [position[feature] for feature in wanted]
-
-
-@functools.cache
-def _keyed_tensor_class(features: type) -> Callable[[list[str], list[int], Tensor], KeyedTensor]:
-    """The KeyedTensor that lives beside a KeyedJaggedTensor class: ours beside ours, TorchRec's beside TorchRec's."""
-    for base in features.__mro__:
-        if base is KeyedJaggedTensor:
-            return KeyedTensor
-        if base.__name__ == "KeyedJaggedTensor":
-            found: type[KeyedTensor] = sys.modules[base.__module__].KeyedTensor
-            return found
-    raise TypeError(
-        f"features: expected a KeyedJaggedTensor, got {features.__name__}; `lookup` takes ids and offsets, and "
-        "torchrec.sparse.tensor_dict.maybe_td_to_kjt makes one of a TensorDict"
-    )

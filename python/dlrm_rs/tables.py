@@ -156,7 +156,7 @@ class EmbeddingTables:
         row_formats: How the rows of every table are stored.
         optimizer: The fused optimizer, or None.
         output_dtype: Of what lookups give.
-        width: Columns of the pooled output: the sum of the features' `D`.
+        width: Columns of the output: the sum of the features' `D`; where nothing is pooled, the one `D` they have.
         pooled: Whether there is one output row per bag, rather than one per id.
         pools_by_max: Whether any feature does.
 
@@ -188,8 +188,9 @@ class EmbeddingTables:
         self.features = tuple(features)
         self.row_formats = [table.row_format for table in tables]
         self.output_dtype = output_dtype
-        self.width = sum(tables[feature.table].embedding_dim for feature in features)
+        dims = [tables[feature.table].embedding_dim for feature in features]
         self.pooled = all(feature.pooling != "none" for feature in features)
+        self.width = sum(dims) if self.pooled else dims[0]
         self.pools_by_max = any(feature.pooling == "max" for feature in features)
         self.optimizer: FusedOptimizer | None = None
         # The dictionaries in which the owners keep `weight`: a tenth of the cost of asking the modules.

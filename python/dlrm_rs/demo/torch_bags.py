@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dlrm_rs.collection import EmbeddingBagConfig
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.keyed_tensor import KeyedTensor
+from dlrm_rs.table_configs import EmbeddingBagConfig
 
 
 class TorchEmbeddingBags(nn.Module):

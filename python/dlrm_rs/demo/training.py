@@ -12,12 +12,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import LambdaLR
 
 from dlrm_rs import optim
-from dlrm_rs.collection import EmbeddingBagCollection, EmbeddingBagConfig
+from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.data.batch import Batch
 from dlrm_rs.data.flights import DENSE, Flights, Samples
 from dlrm_rs.demo.arguments import BOTTOM_MLP, DENSE_WEIGHT_DECAY, TOP_MLP, Arguments
 from dlrm_rs.demo.torch_bags import TorchEmbeddingBags
 from dlrm_rs.model import DLRM
+from dlrm_rs.table_configs import EmbeddingBagConfig
 
 # torch's default, as both sides shall have the same.
 ADAGRAD_EPS = 1e-10
