@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 BENCH_VENV ?= .venv-bench
 # FBGEMM 1.X goes with torch 2.(X+5) and fails to import beside any other.
 BENCH_PEERS ?= "torch==2.14.*" "fbgemm-gpu-cpu==1.9.*"
+# TorchRec 1.X goes with FBGEMM 1.X; with its dependencies it would bring the CUDA build of that.
+TORCHREC ?= "torchrec==1.9.*"
+TORCHREC_NEEDS ?= tensordict "torchmetrics==1.0.3" tqdm pyre-extensions iopath
 # Such as OPTIONS=--quick; `dlrm-rs bench --help` lists them.
 OPTIONS ?=
 WHEELS := target/wheels
@@ -14,7 +17,7 @@ SOURCES := $(shell find rust python -name '*.rs' -o -name '*.py' -o -name '*.pyi
 TORCH_VERSIONS ?= 2.6.0 newest
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel demo bench bench-rust bench-python test test-rust test-python test-torch test-fbgemm test-neon lint format clean
+.PHONY: help wheel demo bench bench-rust bench-python test test-rust test-python test-torch test-fbgemm test-torchrec test-neon lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -48,6 +51,11 @@ test-torch: $(WHEELS)/.built ## Run pytest on the one wheel under torch 2.6.0 an
 test-fbgemm: $(BENCH_VENV)/.installed ## Compare packed rows with FBGEMM's, byte for byte
 	$(BENCH_VENV)/bin/pip install --quiet --group test
 	$(BENCH_VENV)/bin/python -m pytest tests/test_packed.py
+
+test-torchrec: $(BENCH_VENV)/.installed ## Replace TorchRec's collections and models, and compare
+	$(BENCH_VENV)/bin/pip install --quiet --group test $(TORCHREC_NEEDS)
+	$(BENCH_VENV)/bin/pip install --quiet --no-deps $(TORCHREC)
+	$(BENCH_VENV)/bin/python -m pytest tests/test_torchrec.py
 
 test-neon: ## Run the engine's tests for aarch64 under emulation (installs Debian packages; needs root)
 	rust/test_neon.sh

@@ -185,7 +185,7 @@ def patched() -> nn.Module:
         (lambda: nn.Sequential(Scaled(5, 2)), {}, TypeError, "got Scaled at '0', a subclass"),
         (normed, {}, TypeError, "got ParametrizedEmbedding at '0', a subclass"),
         (pruned, {}, ValueError, "expected a torch.nn.Parameter as weight of '0'"),
-        (patched, {}, ValueError, "expected torch's forward at '0'"),
+        (patched, {}, ValueError, "expected the forward of its class at '0'"),
         (lambda: nn.EmbeddingBag(5, 2).double(), {}, TypeError, "weight of 'embedding': .* got torch.float64"),
         (lambda: nn.EmbeddingBag(5, 2, device="meta"), {}, ValueError, "got device meta"),
         (lambda: nn.Sequential(nn.Embedding(5, 2)).share_memory(), {}, ValueError, "weight of '0': .* shared"),

@@ -7,21 +7,24 @@ an optimizer that was made over `model.parameters()` goes on working.
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dlrm_rs import torchrec
 from dlrm_rs.arguments import check_table_weight
+from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.embedding import Embedding
 from dlrm_rs.embedding_bag import EmbeddingBag
+from dlrm_rs.embedding_collection import EmbeddingCollection
 from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.owner import OwnsTables, single_table
 from dlrm_rs.quantization import torch_ao
 from dlrm_rs.row_formats import TORCH_DTYPES, row_format
+from dlrm_rs.tables import EmbeddingTables
 
 __all__ = ["replace_embeddings"]
 
@@ -44,7 +47,10 @@ class _Owner(NamedTuple):
 def replace_embeddings(
     model: ModuleT, *, dtype: torch.dtype | str | None = None, optimizer: OptimizerSpec | None = None
 ) -> ModuleT:
-    """Put every `nn.EmbeddingBag` and `nn.Embedding` of a model into the engine, and torch's quantized ones.
+    """Put every `nn.EmbeddingBag` and `nn.Embedding` of a model into the engine, torch's quantized ones and TorchRec's.
+
+    TorchRec's `EmbeddingBagCollection` and `EmbeddingCollection` become ours, which look all their tables up in one
+    call; they take TorchRec's KeyedJaggedTensor and give its KeyedTensor or JaggedTensors. TorchRec need not be there.
 
     Weights, `state_dict()` and its keys, hooks, `requires_grad`, shared modules and the training flag stay. So do the
     Parameters, as objects: an optimizer made before goes on working (with `optimizer` it finds no gradients to apply),
@@ -62,11 +68,11 @@ def replace_embeddings(
         `model`.
 
     Raises:
-        TypeError: A weight that is not of a floating dtype of the engine's, or a subclass of torch's embeddings, whose
-            behaviour is its own.
+        TypeError: A weight that is not of a floating dtype of the engine's, a subclass of torch's embeddings or
+            TorchRec's collections, whose behaviour is its own, or a collection that is sharded, fused or quantized.
         ValueError: No embedding in the model, or one that cannot be replaced as it is: on another device, with hooks
-            that compute its weight, in shared memory, sharing its memory with another, or with a NaN or an infinity
-            where rows are to be quantized.
+            that compute its weight, in shared memory, sharing its memory with another, with a NaN or an infinity
+            where rows are to be quantized, or in a collection of TorchRec's and elsewhere.
         MemoryError: A table cannot be allocated. In all cases the model works as it did.
 
     Example:
@@ -81,26 +87,27 @@ def replace_embeddings(
         >>> model(torch.tensor([[3, 4]])).sum().backward()
         >>> optimizer.step()
     """
-    format_of = functools.partial(row_format, "dtype")
-    format_of(dtype)  # if it is none, then rather now
-    found, quantized = _embeddings(model)
-    owners = _owners(model)
-    for name, module in found:
-        _check_module(name, module)
-        same = TORCH_DTYPES.get(format_of(dtype or module.weight.dtype)) is module.weight.dtype
-        _check_sharing(name, module, owners, alone=optimizer is not None or not same)
+    found, quantized = _found(model)
+    owners, parents = _owners(model), _parents(model)
+
+    def format_of(stored: torch.dtype) -> str:
+        return row_format("dtype", dtype or stored)
+
+    row_format("dtype", dtype)  # if it is none, then rather now
+    for one in found:
+        _check_found(one, parents)
+        for name, embedding in one.embeddings:
+            _check_module(name, embedding)
+            same = TORCH_DTYPES.get(format_of(embedding.weight.dtype)) is embedding.weight.dtype
+            _check_sharing(name, embedding, owners, alone=optimizer is not None or not same)
     # From here on only memory can run out. A Parameter that has moved by then serves torch's module as it did before.
-    tables = [
-        single_table(module, name, format_of(dtype or module.weight.dtype), optimizer, module.weight.dtype)
-        for name, module in found
-    ]
+    tables = [one.tables(format_of, optimizer) for one in found]
     taken = [
-        torch_ao.tables_of(name, module, None if dtype is None else format_of(dtype)) for name, module in quantized
+        torch_ao.tables_of(name, module, None if dtype is None else row_format("dtype", dtype))
+        for name, module in quantized
     ]
-    for (_, module), table in zip(found, tables, strict=True):
-        module.padding_idx = table.features[0].padding_idx
-        module.__dict__["_tables"] = table
-        module.__class__ = _REPLACEMENTS[type(module)]  # with all that it needs, should Ctrl-C come between
+    for one, table in zip(found, tables, strict=True):
+        one.take_over(table)
         table.release()
     for (_, owner), table in zip(quantized, taken, strict=True):
         torch_ao.take_over(owner)
@@ -109,33 +116,90 @@ def replace_embeddings(
     return model
 
 
-def _embeddings(
-    model: nn.Module,
-) -> tuple[list[tuple[str, nn.Embedding | nn.EmbeddingBag]], list[tuple[str, nn.Module]]]:
-    """The modules to replace and their names in the model, every module once: those that train, and quantized ones."""
-    found: list[tuple[str, nn.Embedding | nn.EmbeddingBag]] = []
+class _Found(NamedTuple):
+    """What is replaced as one: an embedding of torch's, or a collection of TorchRec's with several."""
+
+    name: str
+    module: nn.Module
+    collection: type[EmbeddingBagCollection | EmbeddingCollection] | None
+    # Who hold the weights, by their names in the model.
+    embeddings: Sequence[tuple[str, nn.Embedding | nn.EmbeddingBag]]
+
+    def tables(self, format_of: Callable[[torch.dtype], str], optimizer: OptimizerSpec | None) -> EmbeddingTables:
+        """The tables in the engine; the model is as it was."""
+        if self.collection is not None:
+            return torchrec.tables_of(self.module, self.collection, format_of, optimizer)
+        [(name, embedding)] = self.embeddings
+        stored = embedding.weight.dtype
+        return single_table(embedding, name, format_of(stored), optimizer, stored)
+
+    def take_over(self, tables: EmbeddingTables) -> None:
+        """Give the module its tables and its new class."""
+        if self.collection is not None:
+            torchrec.take_over(self.module, self.collection, tables)
+            return
+        [(_, embedding)] = self.embeddings
+        embedding.padding_idx = tables.features[0].padding_idx
+        embedding.__dict__["_tables"] = tables
+        embedding.__class__ = _REPLACEMENTS[type(embedding)]  # with all that it needs, should Ctrl-C come between
+
+
+def _found(model: nn.Module) -> tuple[list[_Found], list[tuple[str, nn.Module]]]:
+    """What to replace and its names in the model, every module once: what trains, and quantized modules."""
+    found: list[_Found] = []
     quantized: list[tuple[str, nn.Module]] = []
+    inside: set[int] = set()  # of collections
     others = 0
     for name, module in model.named_modules():
         if isinstance(module, OwnsTables):
             others += 1
         elif torch_ao.is_quantized_embedding(module):
             quantized.append((name or "embedding", module))
-        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        elif collection := torchrec.collection_class(name, module):
+            embeddings = torchrec.embeddings_of(name, module, collection)
+            inside.update(id(embedding) for _, embedding in embeddings)
+            found.append(_Found(name, module, collection, embeddings))
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and id(module) not in inside:
             if type(module) not in _REPLACEMENTS:
                 raise TypeError(
                     f"model: expected embeddings of torch's own classes, got {type(module).__name__} at {name!r}, a "
                     "subclass, whose behaviour a replacement would lose"
                 )
-            found.append((name or "embedding", module))
+            name = name or "embedding"
+            found.append(_Found(name, module, None, [(name, module)]))
     if not found and not quantized and not others:
-        raise ValueError("model: expected at least one torch.nn.EmbeddingBag or torch.nn.Embedding in it, got none")
+        raise ValueError(
+            "model: expected at least one torch.nn.EmbeddingBag, torch.nn.Embedding or collection of TorchRec's in it, "
+            "got none"
+        )
     return found, quantized
 
 
+def _parents(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """By whom a module is held, and their names."""
+    parents: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for name, parent in model.named_modules():
+        for module in {id(child): child for child in parent._modules.values() if child is not None}.values():
+            parents[id(module)].append((name, parent))
+    return parents
+
+
+def _check_found(one: _Found, parents: Mapping[int, Sequence[tuple[str, nn.Module]]]) -> None:
+    if "forward" in one.module.__dict__:
+        raise ValueError(f"model: expected the forward of its class at {one.name!r}, got one that was put in its place")
+    if one.collection is None:
+        return
+    holders = getattr(one.module, one.collection._holders)
+    for name, embedding in one.embeddings:
+        for parent_name, parent in parents[id(embedding)]:
+            if parent is not holders:
+                raise ValueError(
+                    f"model: expected {name!r} to be in its collection alone, which takes its rows over, got "
+                    f"{parent_name!r}, where it is too; give that an embedding of its own"
+                )
+
+
 def _check_module(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
-    if "forward" in module.__dict__:
-        raise ValueError(f"model: expected torch's forward at {name!r}, got one that was put in its place")
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter:
         raise ValueError(
