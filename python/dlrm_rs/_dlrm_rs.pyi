@@ -21,7 +21,17 @@ from typing import Any, TypeAlias, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TableRows", "TableSet", "__version__", "get_num_threads", "info", "set_num_threads", "set_simd"]
+__all__ = [
+    "Overlap",
+    "Prepared",
+    "TableRows",
+    "TableSet",
+    "__version__",
+    "get_num_threads",
+    "info",
+    "set_num_threads",
+    "set_simd",
+]
 
 __version__: str
 
@@ -282,3 +292,84 @@ def set_num_threads(n: int) -> None:
 
 def set_simd(level: str) -> None:
     """Use this level from now on, one of `info()["simd_available"]`; every level gives the same bits."""
+
+@final
+class Prepared:
+    """A call made ready before its gradient is there: checked, every id of it, and its ids sorted by row.
+
+    It does not look at the call's arrays again.
+    """
+
+    def __new__(
+        cls,
+        tables: TableSet,
+        indices: _Ids,
+        offsets: _Ids | None,
+        batch_size: int,
+        per_sample_weights: _F32 | None,
+        trainable: Sequence[bool],
+    ) -> Prepared:
+        """Prepare a call: arguments as for `TableSet.update`."""
+
+    def overlap(
+        self,
+        second: Prepared,
+        indices: _Ids,
+        offsets: _Ids | None,
+        batch_size: int,
+        per_sample_weights: _F32 | None,
+    ) -> Overlap:
+        """Part this call's rows and another's bags by the rows of trainable tables that both touch.
+
+        Args:
+            second: the other call.
+            indices: of the other call, as it was prepared with, likewise the rest.
+            offsets: as above.
+            batch_size: as above.
+            per_sample_weights: as above.
+        """
+
+    def update(
+        self,
+        argmax: NDArray[np.int32] | None,
+        grad: _F32,
+        hyperparameters: Mapping[str, Any],
+        overlap: Overlap | None = None,
+        part: str | None = None,
+    ) -> None:
+        """As `TableSet.update`, of all rows of the call, or of some.
+
+        Args:
+            argmax: as there.
+            grad: as there.
+            hyperparameters: as there.
+            overlap: of this call with another.
+            part: `"shared"`, the rows that the other call touches too, or `"apart"`, the others.
+        """
+
+@final
+class Overlap:
+    """The rows that two calls touch."""
+
+    def lookup(
+        self,
+        part: str,
+        indices: _Ids,
+        offsets: _Ids | None,
+        batch_size: int,
+        per_sample_weights: _F32 | None,
+        out: _Floats,
+        argmax: NDArray[np.int32] | None,
+    ) -> None:
+        """As `TableSet.lookup` of the second call, but into the output rows of some bags alone: the others stay.
+
+        Args:
+            part: `"shared"`, the bags with rows that both calls touch, or `"apart"`, the others. All bags of a feature
+                that has few of the latter count as the former.
+            indices: the second call's, likewise the rest.
+            offsets: as above.
+            batch_size: as above.
+            per_sample_weights: as above.
+            out: as there.
+            argmax: as there.
+        """

@@ -145,6 +145,11 @@ impl<'a> Bags<'a> {
         self.ids.is_empty()
     }
 
+    /// The bag of the first unit of `feature`; its id where nothing is pooled.
+    pub(crate) fn first_of(&self, feature: usize, pooled: bool) -> usize {
+        if pooled { feature * self.batch } else { self.feature_starts[feature] }
+    }
+
     /// Where the ids of bag number `bag` are.
     #[inline(always)]
     pub(crate) fn bounds(&self, bag: usize) -> Range<usize> {

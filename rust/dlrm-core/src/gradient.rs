@@ -1,7 +1,7 @@
 //! The gradient of a lookup: from output rows back to the rows of the tables.
 //!
 //! [`Backward`] is what every use of it shares: the checked arguments, the occurrences of every row, and where each
-//! occurrence's gradient is. It is applied with a rule: an optimizer (`update`), or [`Store`], which keeps the sum.
+//! occurrence's gradient is (see `prepared`). It is applied with a rule: an optimizer (`update`), or [`Store`], which keeps the sum.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -44,41 +44,15 @@ pub struct SparseRows {
 
 /// A checked backward call.
 pub(crate) struct Backward<'a> {
-    occurrences: Occurrences,
-    sources: Sources<'a>,
-    by_frequency: bool,
+    pub(crate) occurrences: &'a Occurrences,
+    pub(crate) sources: Sources<'a>,
+    pub(crate) by_frequency: bool,
 }
 
-impl<'a> Backward<'a> {
-    /// Checks everything; after this nothing can fail.
-    pub(crate) fn new(set: &TableSet, bags: &Bags, gradient: &Gradient<'a>, ctx: &Context) -> Result<Self> {
-        set.check_bags(bags)?;
-        set.check_weights(bags)?;
-        set.check_len("grad", gradient.output.len(), bags)?;
-        let (flags, tables) = (gradient.trainable.len(), set.specs.len());
-        if flags != tables {
-            let expected = format!("one flag for each of {tables} tables");
-            return Err(Error::argument("trainable", expected, flags));
-        }
-        let max = set.features.iter().any(|f| f.pooling == Pooling::Max);
-        match gradient.argmax {
-            Some(argmax) if max => set.check_len("argmax", argmax.len(), bags)?,
-            None if max => {
-                return Err(Error::argument("argmax", "what lookup wrote, for max pooling", "nothing"));
-            }
-            _ => {}
-        }
-        let argmax = gradient.argmax.filter(|_| max).map(bytemuck::cast_slice);
-        Ok(Self {
-            occurrences: Occurrences::sorted(set, bags, gradient.trainable, false, ctx)?,
-            sources: Sources::new(set, bags, gradient.output, argmax, ctx)?,
-            by_frequency: gradient.scale_by_frequency,
-        })
-    }
-
+impl Backward<'_> {
     /// Applies `rule` once to every touched row of every table that has a target.
     pub(crate) fn apply<R: Rule>(&self, targets: &[Option<Target>], rule: &R, ctx: &Context) -> Result<()> {
-        apply(&self.occurrences, &self.sources, self.by_frequency, targets, rule, ctx)
+        apply(self.occurrences, &self.sources, self.by_frequency, targets, rule, ctx)
     }
 }
 
@@ -115,7 +89,8 @@ impl TableSet {
         into: &mut [Option<&mut [f32]>],
         ctx: &Context,
     ) -> Result<()> {
-        let backward = Backward::new(self, bags, gradient, ctx)?;
+        let prepared = self.prepare(bags, gradient.trainable, ctx)?;
+        let backward = prepared.backward(self, gradient)?;
         let expected = |t: usize| gradient.trainable[t].then(|| self.specs[t].rows * self.specs[t].dim);
         let got: Vec<_> = into.iter().map(|into| into.as_ref().map(|into| into.len())).collect();
         if !got.iter().copied().eq((0..self.specs.len()).map(expected)) {
@@ -138,7 +113,8 @@ impl TableSet {
         gradient: &Gradient,
         ctx: &Context,
     ) -> Result<Vec<Option<SparseRows>>> {
-        let backward = Backward::new(self, bags, gradient, ctx)?;
+        let prepared = self.prepare(bags, gradient.trainable, ctx)?;
+        let backward = prepared.backward(self, gradient)?;
         let touched = |(t, &trainable): (usize, &bool)| {
             let rows = trainable.then(|| backward.occurrences.of(t).rows());
             let with_values = |rows: Vec<i64>| {
@@ -194,7 +170,7 @@ impl TableSet {
 struct WeightsGradient<'a> {
     set: &'a TableSet,
     bags: &'a Bags<'a>,
-    slots: Vec<Slot>,
+    slots: Vec<Slot<'static>>,
     output: &'a [f32],
     into: Disjoint<'a, f32>,
     /// Lowest position of an id that its table does not have.

@@ -73,15 +73,19 @@ impl TableSet {
             self.check_len("argmax", argmax.len(), bags)?;
         }
         self.check_weights(bags)?;
-        let call = Lookup {
-            set: self,
-            bags,
-            slots: self.slots(bags),
-            out: Outputs::new(out),
-            argmax: argmax.map(|a| Disjoint::new(bytemuck::cast_slice_mut(a))),
-            bad: AtomicUsize::new(usize::MAX),
-        };
-        call.run(ctx)
+        let call = Lookup::new(self, out, argmax);
+        let slots = self.slots(bags);
+        let level = ctx.level;
+        self.tables.read(|tables| {
+            pieces::for_each(ctx, &self.sizes(bags, tables), |feature, units| {
+                let table = &tables[self.features[feature].table];
+                with_rows!(table.rows.as_ref(), |rows| with_ids!(bags.ids, |ids| {
+                    let first = bags.first_of(feature, self.pooled);
+                    call.piece(level, rows, ids, Place { bags, feature, first, slot: slots[feature] }, units);
+                }));
+            })
+        })??;
+        self.refuse_bad_id(bags, call.bad.into_inner())
     }
 
     /// Refuses weights that are NaN, or that a feature's pooling has no use for.
@@ -112,11 +116,15 @@ impl TableSet {
     pub(crate) fn sizes(&self, bags: &Bags, tables: &[Table]) -> Vec<Size> {
         let size = |f| {
             let ids = bags.feature_bounds(f).len();
-            let units = if self.pooled { bags.batch } else { ids };
-            let table = &tables[self.features[f].table];
-            Size { units, lines: ids * table.row_lines() + units * self.dim(f).div_ceil(LANES) }
+            self.size(f, if self.pooled { bags.batch } else { ids }, ids, tables)
         };
         (0..self.features.len()).map(size).collect()
+    }
+
+    /// The work of some units of a feature, which have so many ids.
+    pub(crate) fn size(&self, feature: usize, units: usize, ids: usize, tables: &[Table]) -> Size {
+        let table = &tables[self.features[feature].table];
+        Size { units, lines: ids * table.row_lines() + units * self.dim(feature).div_ceil(LANES) }
     }
 }
 
@@ -167,46 +175,49 @@ impl<'a> Outputs<'a> {
 }
 
 /// One call.
-struct Lookup<'a> {
+pub(crate) struct Lookup<'a> {
     set: &'a TableSet,
-    bags: &'a Bags<'a>,
-    slots: Vec<Slot>,
     out: Outputs<'a>,
     argmax: Option<Disjoint<'a, f32>>,
     /// Lowest position of an id that its table does not have.
-    bad: AtomicUsize,
+    pub(crate) bad: AtomicUsize,
 }
 
-impl Lookup<'_> {
-    fn run(self, ctx: &Context) -> Result<()> {
-        let level = ctx.level;
-        self.set.tables.read(|tables| {
-            let sizes = self.set.sizes(self.bags, tables);
-            pieces::for_each(ctx, &sizes, |feature, units| {
-                let table = &tables[self.set.features[feature].table];
-                with_rows!(table.rows.as_ref(), |rows| with_ids!(self.bags.ids, |ids| {
-                    self.piece(level, rows, ids, feature, units);
-                }));
-            })
-        })??;
-        self.set.refuse_bad_id(self.bags, self.bad.into_inner())
+/// The units of a feature: where their ids are, and where they go.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub(crate) bags: &'a Bags<'a>,
+    pub(crate) feature: usize,
+    /// The bag of unit 0 (its id where nothing is pooled).
+    pub(crate) first: usize,
+    pub(crate) slot: Slot<'a>,
+}
+
+impl<'a> Lookup<'a> {
+    pub(crate) fn new(set: &'a TableSet, out: Output<'a>, argmax: Option<&'a mut [i32]>) -> Self {
+        let argmax = argmax.map(|a| Disjoint::new(bytemuck::cast_slice_mut(a)));
+        Self { set, out: Outputs::new(out), argmax, bad: AtomicUsize::new(usize::MAX) }
     }
 
-    fn piece<R: Rows, I: Id>(&self, level: Level, rows: R, ids: &[I], feature: usize, units: Range<usize>) {
+    /// Pools some units of a feature.
+    pub(crate) fn piece<R: Rows, I: Id>(
+        &self,
+        level: Level,
+        rows: R,
+        ids: &[I],
+        Place { bags, feature, first, slot }: Place,
+        units: Range<usize>,
+    ) {
         let Feature { table, pooling, padding } = self.set.features[feature];
-        let first = match pooling {
-            Pooling::None => self.bags.feature_bounds(feature).start,
-            _ => feature * self.bags.batch,
-        };
         let kernel = Pool {
             rows,
             ids,
-            bags: self.bags,
+            bags,
             pooling,
             padding: padding.map_or(u64::MAX, |p| p as u64),
             first,
             units,
-            slot: self.slots[feature],
+            slot,
             out: &self.out,
             argmax: self.argmax.as_ref().filter(|_| pooling == Pooling::Max),
         };

@@ -73,6 +73,41 @@ impl Occurrences {
         Ok(Self { sorted, ranges, place_bits })
     }
 
+    /// Those of rows that `second` has too, and the others. `shared`, one for each id of `second`, becomes 1 where the row
+    /// of the id is among these here.
+    pub(crate) fn part(&self, second: &Self, shared: &mut [u8], ctx: &Context) -> Result<[Self; 2]> {
+        const WHAT: &str = "the occurrences of rows";
+        let mut parts = [zeros(self.sorted.len(), WHAT)?, zeros(self.sorted.len(), WHAT)?];
+        let lens: Vec<_> = self.ranges.iter().map(|_| [0, 0].map(AtomicUsize::new)).collect();
+        {
+            let parts = parts.each_mut().map(|part| Disjoint::new(part));
+            let shared = Disjoint::new(shared);
+            threads::for_each(ctx, self.ranges.len(), self.sorted.len() / 4, |t| {
+                #[expect(unsafe_code, reason = "tables are disjoint")]
+                // SAFETY: the ranges of different tables do not overlap, and each table comes once.
+                let mut parts = parts.each_ref().map(|part| unsafe { part.piece(self.ranges[t].clone()) });
+                let found = part_run(self.of(t), second.of(t), &mut parts, |place| {
+                    #[expect(unsafe_code, reason = "ids are disjoint")]
+                    // SAFETY: an id is of one table, and its place is marked before another is.
+                    let mark = unsafe { shared.piece(place..place + 1) };
+                    mark[0] = 1;
+                });
+                for (len, found) in lens[t].iter().zip(found) {
+                    len.store(found, Ordering::Relaxed);
+                }
+            })?;
+        }
+        let mut part = 0;
+        Ok(parts.map(|sorted| {
+            let end = |(range, len): (&Range<usize>, &[AtomicUsize; 2])| {
+                range.start..range.start + len[part].load(Ordering::Relaxed)
+            };
+            let ranges = self.ranges.iter().zip(&lens).map(end).collect();
+            part += 1;
+            Self { sorted, ranges, place_bits: self.place_bits }
+        }))
+    }
+
     /// Those of a table.
     pub(crate) fn of(&self, table: usize) -> Run<'_> {
         Run { sorted: &self.sorted[self.ranges[table].clone()], place_bits: self.place_bits }
@@ -134,6 +169,30 @@ impl<'a> Run<'a> {
         rows.dedup();
         rows
     }
+}
+
+/// Writes the occurrences of `first` whose rows `second` has too, and the others; returns how many there are of each.
+/// Calls `mark` with the places in `second` of the former.
+fn part_run(first: Run, second: Run, into: &mut [&mut [u64]; 2], mut mark: impl FnMut(usize)) -> [usize; 2] {
+    let mut lens = [0, 0];
+    let (mut k, mut other) = (0, 0);
+    while k < first.len() {
+        let (row, end) = (first.row(k), first.row_end(k));
+        while other < second.len() && second.row(other) < row {
+            other += 1;
+        }
+        let is_shared = other < second.len() && second.row(other) == row;
+        if is_shared {
+            let end = second.row_end(other);
+            (other..end).for_each(|at| mark(second.place(at)));
+            other = end;
+        }
+        let part = usize::from(!is_shared);
+        into[part][lens[part]..lens[part] + (end - k)].copy_from_slice(&first.sorted[k..end]);
+        lens[part] += end - k;
+        k = end;
+    }
+    lens
 }
 
 /// Bits of the numbers below `n`, at least 1.

@@ -12,44 +12,48 @@ use crate::table_set::{Slot, TableSet};
 use crate::{Context, Result};
 
 /// Where the gradient of every id comes from; indexed by the place in `indices`.
+#[derive(Clone, Copy)]
 pub(crate) struct Sources<'a> {
     pub(crate) grad: &'a [f32],
     /// First element of the output row that the id went into.
-    pub(crate) starts: Vec<usize>,
+    pub(crate) starts: &'a [usize],
     /// By what that row's gradient is multiplied.
-    pub(crate) scales: Option<Vec<f32>>,
+    pub(crate) scales: Option<&'a [f32]>,
     pub(crate) argmax: Option<&'a [f32]>,
     /// The id's place in its bag where that is pooled by max, else -1.
-    pub(crate) places: Option<Vec<i32>>,
+    pub(crate) places: Option<&'a [i32]>,
 }
 
-/// The part of [`Sources`] that is one piece's.
+/// What of [`Sources`] is known before the gradient is.
+pub(crate) struct Routes {
+    starts: Vec<usize>,
+    scales: Option<Vec<f32>>,
+    places: Option<Vec<i32>>,
+}
+
+/// The part of [`Routes`] that is one piece's.
 struct Part<'a> {
     starts: &'a mut [usize],
     scales: Option<&'a mut [f32]>,
     places: Option<&'a mut [i32]>,
 }
 
-impl<'a> Sources<'a> {
+impl Sources<'_> {
     /// No gradient at all, for a rule that needs none.
     pub(crate) const fn none() -> Self {
-        Self { grad: &[], starts: Vec::new(), scales: None, argmax: None, places: None }
+        Self { grad: &[], starts: &[], scales: None, argmax: None, places: None }
     }
+}
 
-    /// Of the gradient of a lookup's output; `argmax` is there when a feature pools by max.
-    pub(crate) fn new(
-        set: &TableSet,
-        bags: &Bags,
-        grad: &'a [f32],
-        argmax: Option<&'a [f32]>,
-        ctx: &Context,
-    ) -> Result<Self> {
+impl Routes {
+    /// Those of a call.
+    pub(crate) fn new(set: &TableSet, bags: &Bags, ctx: &Context) -> Result<Self> {
         const WHAT: &str = "the sources of gradients";
         let ids = bags.len();
         let scaled = bags.weights.is_some() || set.features.iter().any(|f| f.pooling == Pooling::Mean);
         let mut starts = zeros(ids, WHAT)?;
         let mut scales = scaled.then(|| zeros(ids, WHAT)).transpose()?;
-        let mut places = argmax.map(|_| zeros(ids, WHAT)).transpose()?;
+        let mut places = set.pools_by_max().then(|| zeros(ids, WHAT)).transpose()?;
         {
             let starts = Disjoint::new(&mut starts);
             let scales = scales.as_mut().map(|s| Disjoint::new(s));
@@ -70,7 +74,13 @@ impl<'a> Sources<'a> {
                 part.fill(set, bags, f, slots[f], positions);
             })?;
         }
-        Ok(Self { grad, starts, scales, argmax, places })
+        Ok(Self { starts, scales, places })
+    }
+
+    /// With the gradient of a lookup's output, and its `argmax` when a feature pools by max.
+    pub(crate) fn sources<'a>(&'a self, grad: &'a [f32], argmax: Option<&'a [f32]>) -> Sources<'a> {
+        let (scales, places) = (self.scales.as_deref(), self.places.as_deref());
+        Sources { grad, starts: &self.starts, scales, argmax, places }
     }
 }
 
@@ -119,6 +129,11 @@ impl Part<'_> {
 }
 
 impl TableSet {
+    /// Whether any feature does.
+    pub(crate) fn pools_by_max(&self) -> bool {
+        self.features.iter().any(|f| f.pooling == Pooling::Max)
+    }
+
     /// How many ids of a bag are not padding, at least 1: by what a mean divides.
     pub(crate) fn ids_of_bag(&self, bags: &Bags, feature: usize, bag: usize) -> f32 {
         let padding = self.features[feature].padding.map_or(u64::MAX, |p| p as u64);

@@ -38,16 +38,23 @@ pub struct TableSet {
 
 /// Where a feature's output rows are.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Slot {
+pub(crate) struct Slot<'a> {
     start: usize,
     stride: usize,
+    /// The output row of each unit, where these are not all rows in their order.
+    rows: Option<&'a [usize]>,
 }
 
-impl Slot {
+impl Slot<'_> {
     /// Where the output row of a unit (a bag; an id where nothing is pooled) begins.
     #[inline(always)]
     pub(crate) fn at(self, unit: usize) -> usize {
-        self.start + unit * self.stride
+        self.start + self.rows.map_or(unit, |rows| rows[unit]) * self.stride
+    }
+
+    /// The same of some units, which go into these rows.
+    pub(crate) fn of_rows(self, rows: &[usize]) -> Slot<'_> {
+        Slot { rows: Some(rows), ..self }
     }
 }
 
@@ -220,17 +227,22 @@ impl TableSet {
     }
 
     /// Where each feature's output rows are.
-    pub(crate) fn slots(&self, bags: &Bags) -> Vec<Slot> {
+    pub(crate) fn slots(&self, bags: &Bags) -> Vec<Slot<'static>> {
         let mut start = 0;
         let slot = |f: usize| {
             if self.pooled {
-                return Slot { start: self.columns[f], stride: self.columns[self.features.len()] };
+                return self.column(f);
             }
-            let slot = Slot { start, stride: self.dim(f) };
+            let slot = Slot { start, stride: self.dim(f), rows: None };
             start += bags.feature_bounds(f).len() * slot.stride;
             slot
         };
         (0..self.features.len()).map(slot).collect()
+    }
+
+    /// The columns of a feature in the pooled output.
+    pub(crate) fn column(&self, feature: usize) -> Slot<'static> {
+        Slot { start: self.columns[feature], stride: self.columns[self.features.len()], rows: None }
     }
 
     pub(crate) fn dim(&self, feature: usize) -> usize {

@@ -3,6 +3,8 @@
 use crate::bags::Bags;
 use crate::gradient::{Backward, Gradient};
 use crate::optimizers::{Kind, Optimizer};
+use crate::overlap::{Overlap, Part};
+use crate::prepared::Prepared;
 use crate::table_set::TableSet;
 use crate::{Context, Error, Result};
 
@@ -18,11 +20,41 @@ impl TableSet {
         optimizer: &Optimizer,
         ctx: &Context,
     ) -> Result<()> {
-        if self.optimizer() != Some(optimizer.kind()) {
-            let expected = self.optimizer().map_or("a set with one chosen", Kind::name);
-            return Err(Error::argument("optimizer", expected, optimizer.kind()));
+        self.check_kind(optimizer)?;
+        let prepared = self.prepare(bags, gradient.trainable, ctx)?;
+        self.run_optimizer(&prepared.backward(self, gradient)?, gradient, optimizer, ctx)
+    }
+
+    /// [`TableSet::update`] of a prepared call: of all its rows, or of those on one side of its overlap with another.
+    pub fn update_prepared(
+        &self,
+        prepared: &Prepared,
+        part: Option<(&Overlap, Part)>,
+        gradient: &Gradient,
+        optimizer: &Optimizer,
+        ctx: &Context,
+    ) -> Result<()> {
+        self.check_kind(optimizer)?;
+        let backward = prepared.backward(self, gradient)?;
+        let occurrences = part.map_or(backward.occurrences, |(overlap, part)| overlap.occurrences(part));
+        self.run_optimizer(&Backward { occurrences, ..backward }, gradient, optimizer, ctx)
+    }
+
+    fn check_kind(&self, optimizer: &Optimizer) -> Result<()> {
+        if self.optimizer() == Some(optimizer.kind()) {
+            return Ok(());
         }
-        let backward = Backward::new(self, bags, gradient, ctx)?;
+        let expected = self.optimizer().map_or("a set with one chosen", Kind::name);
+        Err(Error::argument("optimizer", expected, optimizer.kind()))
+    }
+
+    fn run_optimizer(
+        &self,
+        backward: &Backward,
+        gradient: &Gradient,
+        optimizer: &Optimizer,
+        ctx: &Context,
+    ) -> Result<()> {
         self.tables.write(|tables| {
             let mut trained = tables.iter().zip(gradient.trainable).filter(|(_, trainable)| **trainable);
             trained.try_for_each(|(table, _)| table.check_fp32("trainable"))?;

@@ -5,6 +5,7 @@
 mod arrays;
 mod call;
 mod error;
+mod prepared;
 mod runtime;
 mod table_rows;
 mod table_set;
@@ -14,6 +15,8 @@ mod views;
 mod _dlrm_rs {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::prepared::{Overlap, Prepared};
     #[pymodule_export]
     use crate::runtime::{get_num_threads, info, set_num_threads, set_simd};
     #[pymodule_export]

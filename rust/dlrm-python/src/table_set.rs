@@ -21,7 +21,7 @@ type Sparse<'py> = (Bound<'py, PyArray1<i64>>, Array2<'py>);
 type Any<'a, 'py> = &'a Bound<'py, PyAny>;
 
 #[pyclass(frozen, module = "dlrm_rs._dlrm_rs")]
-pub(crate) struct TableSet(dlrm_core::TableSet);
+pub(crate) struct TableSet(pub(crate) dlrm_core::TableSet);
 
 #[pymethods]
 impl TableSet {
@@ -203,11 +203,7 @@ impl TableSet {
         let slices = arrays.slices()?;
         let gradient = GradientArrays::new(argmax, grad, trainable, scale_grad_by_freq)?;
         let gradient = gradient.gradient()?;
-        let kind =
-            self.0.optimizer().ok_or_else(|| PyValueError::new_err("update: call set_optimizer first"))?;
-        let values = kind.hyperparameters().iter().map(|name| hyperparameter(hyperparameters, name));
-        let values = values.collect::<PyResult<Vec<f64>>>()?;
-        let optimizer = Optimizer::new(kind, &values).map_err(BindingError)?;
+        let optimizer = fused_optimizer(&self.0, hyperparameters)?;
         call(py, |ctx| self.0.update(&slices.bags(&self.0, batch_size)?, &gradient, &optimizer, ctx))
     }
 
@@ -326,8 +322,19 @@ impl TableSet {
     }
 }
 
+/// The fused optimizer of a set with the numbers of its parameter group.
+pub(crate) fn fused_optimizer(
+    set: &dlrm_core::TableSet,
+    hyperparameters: &Bound<'_, PyMapping>,
+) -> PyResult<Optimizer> {
+    let kind = set.optimizer().ok_or_else(|| PyValueError::new_err("update: call set_optimizer first"))?;
+    let values = kind.hyperparameters().iter().map(|name| hyperparameter(hyperparameters, name));
+    let values = values.collect::<PyResult<Vec<f64>>>()?;
+    Ok(Optimizer::new(kind, &values).map_err(BindingError)?)
+}
+
 /// What describes the gradient of a lookup's output.
-struct GradientArrays<'py> {
+pub(crate) struct GradientArrays<'py> {
     argmax: Option<PyReadonlyArrayDyn<'py, i32>>,
     grad: PyReadonlyArrayDyn<'py, f32>,
     trainable: Vec<bool>,
@@ -335,7 +342,7 @@ struct GradientArrays<'py> {
 }
 
 impl<'py> GradientArrays<'py> {
-    fn new(
+    pub(crate) fn new(
         argmax: Option<Any<'_, 'py>>,
         grad: Any<'_, 'py>,
         trainable: Vec<bool>,
@@ -345,7 +352,7 @@ impl<'py> GradientArrays<'py> {
         Ok(Self { argmax, grad: input("grad", grad)?, trainable, scale_by_frequency })
     }
 
-    fn gradient(&self) -> PyResult<Gradient<'_>> {
+    pub(crate) fn gradient(&self) -> PyResult<Gradient<'_>> {
         Ok(Gradient {
             output: self.grad.as_slice()?,
             argmax: self.argmax.as_ref().map(|a| a.as_slice()).transpose()?,

@@ -34,7 +34,7 @@ pub(crate) struct Pool<'a, R, I> {
     /// The bag of unit 0 (its id where nothing is pooled).
     pub(crate) first: usize,
     pub(crate) units: Range<usize>,
-    pub(crate) slot: Slot,
+    pub(crate) slot: Slot<'a>,
     pub(crate) out: &'a Outputs<'a>,
     pub(crate) argmax: Option<&'a Disjoint<'a, f32>>,
 }

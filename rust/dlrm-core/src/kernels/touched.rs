@@ -159,8 +159,8 @@ impl<R: Rule> Terms for Gradients<'_, R> {
         let place = run.place(k);
         let start = sources.starts[place];
         let grad = load::<S, COUNT, WHOLE>(simd, &sources.grad[start..start + target.dim], at);
-        let scale = simd.splat(sources.scales.as_ref().map_or(1.0, |scales| scales[place]));
-        let masked = sources.argmax.zip(sources.places.as_deref()).filter(|(_, places)| places[place] >= 0);
+        let scale = simd.splat(sources.scales.map_or(1.0, |scales| scales[place]));
+        let masked = sources.argmax.zip(sources.places).filter(|(_, places)| places[place] >= 0);
         match masked {
             None => {
                 for i in 0..COUNT {

@@ -1,0 +1,256 @@
+//! The overlap of two calls: the rows that an update of the first changes and a lookup of the second reads.
+//!
+//! It parts the first call's rows and the second call's bags, each into those with the overlap and those without (the
+//! bags of a feature where few are without count as with it). The
+//! second call's bags without can be looked up before the first call is updated, and the first call's rows without can be
+//! updated after the second is looked up; the result has the same bits as when all is done in turn:
+//!
+//! ```text
+//! lookup the second's bags APART   | in any order
+//! update the first's rows SHARED   |
+//! lookup the second's bags SHARED  (after the update of SHARED)
+//! update the first's rows APART    (at any time before a third call is looked up)
+//! ```
+
+use crate::bags::{Bags, Id, Ids, Offsets, with_ids};
+use crate::disjoint::Disjoint;
+use crate::lookup::{Lookup, Output, Place};
+use crate::memory::zeros;
+use crate::occurrences::Occurrences;
+use crate::pieces::{self, Size};
+use crate::prepared::Prepared;
+use crate::rows::with_rows;
+use crate::table_set::TableSet;
+use crate::{Context, Error, Result, named, threads};
+
+/// A side of an [`Overlap`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// With the overlap: rows that both calls touch; bags that have such a row.
+    Shared,
+    /// Without it.
+    Apart,
+}
+
+impl Part {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Shared, Self::Apart];
+
+    /// Its name in Python and in messages.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Shared => "shared",
+            Self::Apart => "apart",
+        }
+    }
+}
+
+impl std::str::FromStr for Part {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        named::find("part", Self::ALL, Self::name, name)
+    }
+}
+
+/// Two calls, parted by the rows that both touch. See [`TableSet::overlap`].
+pub struct Overlap {
+    /// Of the first call, by [`Part`].
+    occurrences: [Occurrences; 2],
+    /// The bags of each feature of the second call.
+    features: Vec<FeatureBags>,
+    /// Ids and elements of the output of the second call.
+    ids: usize,
+    output_len: usize,
+}
+
+impl Overlap {
+    pub(crate) const fn occurrences(&self, part: Part) -> &Occurrences {
+        &self.occurrences[part as usize]
+    }
+}
+
+/// The bags of a feature of the second call.
+enum FeatureBags {
+    /// All of them on one side.
+    Whole(Part),
+    /// By [`Part`].
+    Parted([SomeBags; 2]),
+}
+
+/// A feature is parted if bags apart have at least this share of its ids. Below it, what an early lookup saves is less
+/// than what it costs to put the ids side by side.
+const PARTED_FROM: f64 = 0.25;
+
+/// Some bags of a feature, with their ids side by side.
+struct SomeBags {
+    ids: Vec<i64>,
+    /// Where each begins, and where the last ends.
+    offsets: Vec<i64>,
+    weights: Option<Vec<f32>>,
+    /// The output row of each.
+    rows: Vec<usize>,
+}
+
+impl SomeBags {
+    fn with_capacity(bags: usize, ids: usize, weighted: bool) -> Self {
+        let mut offsets = Vec::with_capacity(bags + 1);
+        offsets.push(0);
+        Self {
+            ids: Vec::with_capacity(ids),
+            offsets,
+            weights: weighted.then(|| Vec::with_capacity(ids)),
+            rows: Vec::with_capacity(bags),
+        }
+    }
+
+    fn push<I: Id>(&mut self, ids: &[I], weights: Option<&[f32]>, row: usize) {
+        self.ids.extend(ids.iter().map(|id| id.row() as i64));
+        self.offsets.push(self.ids.len() as i64);
+        if let (Some(own), Some(weights)) = (&mut self.weights, weights) {
+            own.extend_from_slice(weights);
+        }
+        self.rows.push(row);
+    }
+
+    fn bags(&self) -> Result<Bags<'_>> {
+        let (ids, offsets) = (Ids::I64(&self.ids), Offsets::I64(&self.offsets));
+        Bags::new(ids, offsets, 1, self.rows.len(), self.weights.as_deref())
+    }
+}
+
+impl TableSet {
+    /// Parts `first` and `second` by the rows of trainable tables that both touch; `bags` are the second's.
+    ///
+    /// The features must be pooled.
+    pub fn overlap(
+        &self,
+        first: &Prepared,
+        second: &Prepared,
+        bags: &Bags,
+        ctx: &Context,
+    ) -> Result<Overlap> {
+        const WHAT: &str = "the overlap of two calls";
+        self.check_bags(bags)?;
+        if !self.pooled {
+            return Err(Error::argument("features", "pooled ones", "pooling none"));
+        }
+        if (second.ids, second.output_len) != (bags.len(), self.output_len(bags)) {
+            let expected = format!("the second call's, of {} ids", second.ids);
+            return Err(Error::argument("bags", expected, format_args!("{} ids", bags.len())));
+        }
+        let mut shared = zeros(bags.len(), WHAT)?;
+        let occurrences = first.occurrences.part(&second.occurrences, &mut shared, ctx)?;
+        let mut features: Vec<_> = self.features.iter().map(|_| FeatureBags::Whole(Part::Shared)).collect();
+        {
+            let features = Disjoint::new(&mut features);
+            threads::for_each(ctx, self.features.len(), bags.len() / 4, |f| {
+                #[expect(unsafe_code, reason = "features are disjoint")]
+                // SAFETY: each feature comes once.
+                let into = unsafe { &mut features.piece(f..f + 1)[0] };
+                *into = with_ids!(bags.ids, |ids| FeatureBags::new(bags, f, ids, &shared));
+            })?;
+        }
+        Ok(Overlap { occurrences, features, ids: second.ids, output_len: second.output_len })
+    }
+
+    /// [`TableSet::lookup`] of the second call's bags on one side of an overlap: the other output rows are left as they
+    /// are. `bags` are the second call's.
+    pub fn lookup_part(
+        &self,
+        overlap: &Overlap,
+        part: Part,
+        bags: &Bags,
+        out: Output,
+        argmax: Option<&mut [i32]>,
+        ctx: &Context,
+    ) -> Result<()> {
+        let lens = [
+            ("bags", bags.len(), overlap.ids, "ids"),
+            ("out", out.len(), overlap.output_len, "elements"),
+            (
+                "argmax",
+                argmax.as_ref().map_or(overlap.output_len, |a| a.len()),
+                overlap.output_len,
+                "elements",
+            ),
+        ];
+        self.check_bags(bags)?;
+        self.check_weights(bags)?;
+        for (argument, len, expected, what) in lens {
+            if len != expected {
+                return Err(Error::argument(argument, format_args!("{expected} {what}"), len));
+            }
+        }
+        let parted: Vec<_> = overlap.features.iter().map(|feature| feature.parted(part)).collect();
+        let parted = parted.into_iter().map(|some| some.map(SomeBags::bags).transpose());
+        let parted = parted.collect::<Result<Vec<_>>>()?;
+        let call = Lookup::new(self, out, argmax);
+        let level = ctx.level;
+        self.tables.read(|tables| {
+            let size = |(f, feature): (usize, &FeatureBags)| match feature {
+                FeatureBags::Whole(whole) if *whole == part => {
+                    self.size(f, bags.batch, bags.feature_bounds(f).len(), tables)
+                }
+                FeatureBags::Whole(_) => Size { units: 0, lines: 0 },
+                FeatureBags::Parted(bags) => {
+                    let some = &bags[part as usize];
+                    self.size(f, some.rows.len(), some.ids.len(), tables)
+                }
+            };
+            let sizes: Vec<_> = overlap.features.iter().enumerate().map(size).collect();
+            pieces::for_each(ctx, &sizes, |feature, units| {
+                let table = tables[self.features[feature].table].rows.as_ref();
+                let slot = self.column(feature);
+                let whole = Place { bags, feature, first: bags.first_of(feature, true), slot };
+                with_rows!(table, |rows| match overlap.features[feature]
+                    .parted(part)
+                    .zip(parted[feature].as_ref())
+                {
+                    Some((some, bags)) => {
+                        let place = Place { bags, first: 0, slot: slot.of_rows(&some.rows), ..whole };
+                        call.piece(level, rows, &some.ids[..], place, units);
+                    }
+                    None => with_ids!(bags.ids, |ids| call.piece(level, rows, ids, whole, units)),
+                });
+            })
+        })??;
+        self.refuse_bad_id(bags, call.bad.into_inner())
+    }
+}
+
+impl FeatureBags {
+    /// Bags of a feature that is parted.
+    fn parted(&self, part: Part) -> Option<&SomeBags> {
+        match self {
+            Self::Whole(_) => None,
+            Self::Parted(bags) => Some(&bags[part as usize]),
+        }
+    }
+
+    /// `shared` tells the ids whose rows both calls touch.
+    fn new<I: Id>(bags: &Bags, feature: usize, ids: &[I], shared: &[u8]) -> Self {
+        let first = feature * bags.batch;
+        let is_shared = |bag: usize| shared[bags.bounds(bag)].iter().fold(0, |any, &one| any | one) > 0;
+        let parts: Vec<_> = (0..bags.batch).map(|row| is_shared(first + row)).collect();
+        let mut counts = [(0, 0); 2];
+        for (row, &is_shared) in parts.iter().enumerate() {
+            let (bag, id) = &mut counts[usize::from(!is_shared)];
+            (*bag, *id) = (*bag + 1, *id + bags.bounds(first + row).len());
+        }
+        let [(shared_bags, _), (_, apart)] = counts;
+        if shared_bags == 0 {
+            return Self::Whole(Part::Apart);
+        }
+        if (apart as f64) < PARTED_FROM * bags.feature_bounds(feature).len() as f64 {
+            return Self::Whole(Part::Shared);
+        }
+        let mut into = counts.map(|(bag, id)| SomeBags::with_capacity(bag, id, bags.weights.is_some()));
+        for (row, is_shared) in parts.into_iter().enumerate() {
+            let bag = bags.bounds(first + row);
+            into[usize::from(!is_shared)].push(&ids[bag.clone()], bags.weights.map(|w| &w[bag]), row);
+        }
+        Self::Parted(into)
+    }
+}
