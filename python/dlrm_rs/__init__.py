@@ -10,7 +10,7 @@ or many tables in one call, trained inside backward:
     collection = dlrm_rs.EmbeddingBagCollection(tables, optimizer=dlrm_rs.optim.RowWiseAdagrad(lr=0.01))
 """
 
-from dlrm_rs import optim
+from dlrm_rs import optim, pytree
 from dlrm_rs._dlrm_rs import __version__, get_num_threads, info, set_num_threads
 from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.embedding import Embedding
@@ -22,6 +22,8 @@ from dlrm_rs.model import DLRM
 from dlrm_rs.quantization import Budget, QuantizationReport, dequantize, quantize
 from dlrm_rs.replace import replace_embeddings
 from dlrm_rs.table_configs import EmbeddingBagConfig, EmbeddingConfig
+
+pytree.register()
 
 __all__ = [
     "DLRM",

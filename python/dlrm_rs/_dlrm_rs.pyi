@@ -89,6 +89,20 @@ class TableRows:
         0 to 15.
         """
 
+    @staticmethod
+    def borrow(
+        name: str,
+        embedding_dim: int,
+        row_format: str,
+        elements: NDArray[Any],
+        scales: _Floats | None,
+        codebook: Sequence[float] | _F32 | None,
+    ) -> TableRows:
+        """Rows that are in arrays already, `(N, D)` or codes, and stay there: nothing is copied, nor looked at.
+
+        The rows keep the arrays' memory alive. `ValueError`: arrays of other sizes, read-only or not contiguous.
+        """
+
 @final
 class TableSet:
     """Embedding tables, their optimizer state, and the features that look them up: a handle made once."""
@@ -106,6 +120,10 @@ class TableSet:
             features: `(table, pooling, padding_idx)` of each feature; pooling is `"sum"`, `"mean"`, `"max"` or
                 `"none"` (one output row per id), the same kind of output for all: pooled or not.
         """
+
+    @staticmethod
+    def of_rows(tables: Sequence[tuple[str, TableRows]], features: Sequence[tuple[int, str, int | None]]) -> TableSet:
+        """A set of tables, `(name, rows)` of each, of rows that are there already; features as of the class."""
 
     def row_format(self, table: int) -> str:
         """How the rows of a table are stored."""

@@ -107,7 +107,7 @@ class EmbeddingBagCollection(NamedTables):
             ValueError: A feature is missing, or ids, offsets, weights or inverse indices cannot be.
             TypeError: `features` is no KeyedJaggedTensor, or ids that are not integers.
         """
-        keyed_tensor: type[KeyedTensor] = beside(type(features), "KeyedTensor")  # type: ignore[arg-type] # mypy: a class is its instance
+        keyed_tensor: type[KeyedTensor] = beside(type(features), "KeyedTensor")
         inverse = features.inverse_indices_or_none()
         features = self._in_order(features)
         ids, offsets, weights = features.values(), features.offsets(), features.weights_or_none()
@@ -150,13 +150,14 @@ class EmbeddingBagCollection(NamedTables):
         ids = index_tensor(ids_name, ids)  # (L,)
         offsets = index_tensor(offsets_name, offsets)  # (F * B + 1,)
         F = len(self._features)
-        batch_size, rest = divmod(offsets.numel() - 1, F)
+        bags = offsets.numel() - 1
+        batch_size = bags // F  # not divmod, which torch.compile cannot trace
         if ids.dim() != 1 or offsets.dim() != 1:
             raise ValueError(
                 f"{ids_name}, {offsets_name}: expected one dimension each, "
                 f"got shapes {tuple(ids.shape)} and {tuple(offsets.shape)}"
             )
-        if rest or batch_size < 0:
+        if bags % F or bags < 0:
             raise ValueError(
                 f"{offsets_name}: expected F * B + 1 elements with F = {F}, the features of this collection, "
                 f"got {offsets.numel()}"

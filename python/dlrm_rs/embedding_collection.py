@@ -93,7 +93,7 @@ class EmbeddingCollection(NamedTables):
             ValueError: A feature is missing, or ids or offsets cannot be.
             TypeError: `features` is no KeyedJaggedTensor, or ids that are not integers.
         """
-        jagged_tensor = beside(type(features), "JaggedTensor")  # type: ignore[arg-type] # as in EmbeddingBagCollection
+        jagged_tensor = beside(type(features), "JaggedTensor")
         features = self._in_order(features)
         ids = index_tensor("features.values()", features.values())  # (L,)
         bounds = features.offset_per_key()

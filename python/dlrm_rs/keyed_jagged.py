@@ -255,8 +255,8 @@ def _stride(keys: int, bags: tuple[str, int], stride: int | None) -> int:
     if stride is None:
         if keys == 0:
             raise ValueError("stride: expected the batch size, as there are no keys to tell it, got None")
-        stride, rest = divmod(count, keys)
-        if rest:
+        stride = count // keys  # not divmod, which torch.compile cannot trace
+        if count % keys:
             raise ValueError(f"{name}: expected a multiple of {keys} keys in bags, got {count}")
     elif stride < 0 or count != keys * stride:
         raise ValueError(f"{name}: expected {keys} keys times stride {stride} = {keys * stride} bags, got {count}")

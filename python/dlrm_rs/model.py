@@ -162,10 +162,12 @@ class DLRM(nn.Module):
             raise ValueError(
                 f"dense_features: expected shape (B, {self.dense_in_features}), got {tuple(dense_features.shape)}"
             )
-        if len(dense_features) != len(pooled):
-            raise ValueError(
-                f"dense_features: expected as many samples as sparse_features, {len(pooled)}, got {len(dense_features)}"
-            )
+        samples, expected = (
+            dense_features.shape[0],
+            pooled.shape[0],
+        )  # not len(), which torch.export takes for a constant
+        if samples != expected:
+            raise ValueError(f"dense_features: expected as many samples as sparse_features, {expected}, got {samples}")
         x = self.bottom(dense_features)  # (B, D)
         y = pooled.to(x.device).to(x.dtype)  # (B, sum of D); converted where it is used: fewer bytes to bring there
         interact = self._dot if self.interaction == "dot" else self._cat

@@ -123,8 +123,7 @@ def _positions(keys: Sequence[str], wanted: Sequence[str]) -> list[int]:
     return [position[feature] for feature in wanted]
 
 
-@functools.cache
-def beside(features: type, name: str) -> Any:
+def beside(features: type, name: str) -> Any:  # not cached: torch.compile warns of caches that it looks through
     """The class of that name that lives beside a KeyedJaggedTensor class: ours beside ours, TorchRec's beside theirs.
 
     Raises:

@@ -59,6 +59,7 @@ class OwnsTables(nn.Module):
         # tables stay as they are, on the CPU: that is what they are for. A change that is more than a move is refused.
         _refuse_change(fn(torch.zeros(1, device="cpu")))
         kept = {id(tensor) for weight in self._tables.weights() for tensor in (weight, weight.grad)}
+        kept.update(map(id, self._tables.parts()))
         super()._apply(lambda tensor: tensor if id(tensor) in kept else fn(tensor), recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -66,8 +67,9 @@ class OwnsTables(nn.Module):
 class HoldsWeight(nn.Module):
     """A module that holds the weight of one table, and its place in a state_dict.
 
-    Rows that are numbers are the Parameter `weight`. Quantized rows are `weight_codes`, `weight_scales`, for some
-    `weight_codebook`, and `weight_format`: `(3,)` int64, the version of this layout, the bits of a code, and `D`.
+    Rows that are numbers are the Parameter `weight`. Quantized rows are the buffers `weight_codes`, `weight_scales` and
+    for some `weight_codebook`; a state_dict has `weight_format` as well, `(3,)` int64: the version of this layout, the
+    bits of a code, and `D`.
     """
 
     _tables: EmbeddingTables

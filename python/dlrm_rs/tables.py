@@ -5,18 +5,22 @@ Parameter over it. torch lets anyone put other memory behind a Parameter, or ano
 (`m.weight.data = x`, `m.weight = nn.Parameter(x)`, `load_state_dict(assign=True)`, `deepcopy`, `pickle`). So every
 forward compares where the weights are, and memory that is not the engine's is adopted: its content is copied into the
 engine's, and the Parameter pointed back at that. A table of quantized rows has no Parameter, since torch has no dtype
-for them. Does not know autograd, bags, or features beyond passing them to the engine.
+for them, but buffers: codes, scales and, where there is one, the codebook. Does not know autograd, bags, or features
+beyond passing them to the engine.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -24,27 +28,11 @@ from torch.autograd.graph import increment_version
 
 from dlrm_rs._dlrm_rs import TableRows, TableSet
 from dlrm_rs.arguments import check_size, check_table_weight
+from dlrm_rs.layout import FeatureSpec, Layout, TableSpec
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
 from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_tensor
 
 __all__ = ["Displaced", "EmbeddingTables", "FeatureSpec", "Memory", "TableSpec"]
-
-
-class TableSpec(NamedTuple):
-    """A table, as the engine takes it."""
-
-    name: str
-    num_embeddings: int
-    embedding_dim: int
-    row_format: str
-
-
-class FeatureSpec(NamedTuple):
-    """What looks up in a table, as the engine takes it: `pooling` is "sum", "mean", "max" or "none"."""
-
-    table: int
-    pooling: str
-    padding_idx: int | None
 
 
 class Displaced(NamedTuple):
@@ -69,6 +57,8 @@ class Memory:
     Attributes:
         handle: The engine's tables.
         layouts: Those of the weights while they are over the engine's memory.
+        parts: The rows of every table as tensors: `(N, D)`, or codes, scales and, where there is one, the codebook.
+        states: The optimizer's state of all tables.
 
     Args:
         handle: The same.
@@ -77,34 +67,40 @@ class Memory:
 
     def __init__(self, handle: TableSet, count: int) -> None:
         self.handle = handle
+        self.parts = [self._find_parts(table) for table in range(count)]
         self.layouts = _layouts([self._home(table) for table in range(count)])
-        self._count = count
         self._rows: list[weakref.ref[NDArray[Any]] | None] = [None] * count
-        self._find_spans()
+        self.find_states()
+
+    def _find_parts(self, table: int) -> list[Tensor]:
+        if self.handle.row_format(table) not in QUANTIZED:
+            return _tensors([self.handle.weight(table)])
+        codebook = self.handle.codebook(table)
+        rest = [] if codebook is None else [codebook]
+        return _tensors([self.handle.codes(table), self.handle.scales(table), *rest])
 
     def _home(self, table: int) -> Tensor:
         """The rows of a table, `(N, D)`; of a quantized one, what stands in for its weight."""
-        quantized = self.handle.row_format(table) in QUANTIZED
-        return _NO_WEIGHT if quantized else as_tensor(self.handle.weight(table))
+        return _NO_WEIGHT if self.handle.row_format(table) in QUANTIZED else self.parts[table][0]
 
-    def _find_spans(self) -> None:
-        weights = [self._home(table) for table in range(self._count)]
-        states = [
-            torch.from_numpy(state)
-            for table in range(self._count)
-            for state in self.handle.optimizer_state(table).values()
-        ]
-        spans = sorted(_span(tensor) for tensor in (*weights, *states) if tensor.numel())
+    def find_states(self) -> None:
+        """Look where the optimizer's state is, since it has been made or given up."""
+        tables = range(len(self.parts))
+        states = [self.handle.optimizer_state(table).values() for table in tables]
+        self.states = _tensors(chain.from_iterable(states))
+        weights = [self._home(table) for table in tables]
+        spans = sorted(_span(tensor) for tensor in (*weights, *self.states) if tensor.numel())
         self._starts, self._ends = [span[0] for span in spans], [span[1] for span in spans]
 
     def moved(self, table: int) -> None:
         """Look where the rows of a table are now, since others have been put in their place."""
+        self.parts[table] = self._find_parts(table)
         home = self._home(table)
         self.layouts.addresses[table] = home.data_ptr()
         self.layouts.elements[table] = home.numel()
         self.layouts.strides[table] = home.stride()
         self._rows[table] = None
-        self._find_spans()
+        self.find_states()
 
     def view(self, table: int) -> Tensor:
         """The rows of a table, `(N, D)`, as the data of its weight; it keeps the memory alive."""
@@ -116,6 +112,11 @@ class Memory:
         """Whether the last `view` of a table, or a tensor made of it, still exists."""
         rows = self._rows[table]
         return rows is not None and rows() is not None
+
+    def is_at(self, parts: Sequence[Tensor]) -> bool:
+        """Whether tensors are the rows of all tables, in order."""
+        addresses = [tensor.data_ptr() for tensor in chain.from_iterable(self.parts)]
+        return list(map(Tensor.data_ptr, parts)) == addresses and all(map(Tensor.is_contiguous, parts))
 
     def overlaps(self, tensor: Tensor) -> bool:
         """Whether a contiguous tensor shares memory with a table or its state."""
@@ -129,6 +130,12 @@ _OWNERS: weakref.WeakValueDictionary[int, EmbeddingTables] = weakref.WeakValueDi
 
 # Stands in for the weight of a table of quantized rows: empty, and never trained.
 _NO_WEIGHT = nn.Parameter(torch.empty(0, device="cpu"), requires_grad=False)
+
+# What holds the rows of a quantized table in its owner, and in a state_dict.
+_PARTS = ("weight_codes", "weight_scales", "weight_codebook")
+
+# Every set of tables by its key.
+_TABLES: weakref.WeakValueDictionary[int, EmbeddingTables] = weakref.WeakValueDictionary()
 
 # Rows are made a few MB at a time where a table has no weight to make them in.
 _CHUNK_ELEMENTS = 1 << 20
@@ -153,12 +160,13 @@ class EmbeddingTables:
 
     Attributes:
         memory: The engine's tables and where they are.
+        key: `(1,)` int64, by which an operator finds these tables: of all tables of all processes these alone have it.
+        layout: What an operator is told of the tables beside their tensors.
+        algorithm: The engine's name of the fused optimizer, or None.
         row_formats: How the rows of every table are stored.
         optimizer: The fused optimizer, or None.
         output_dtype: Of what lookups give.
-        width: Columns of the output: the sum of the features' `D`; where nothing is pooled, the one `D` they have.
-        pooled: Whether there is one output row per bag, rather than one per id.
-        pools_by_max: Whether any feature does.
+        width: As of `Layout`, and so are `pooled` and `pools_by_max`.
 
     Raises:
         TypeError: A weight is not of a floating dtype, or `optimizer` is not one of `dlrm_rs.optim`.
@@ -168,6 +176,7 @@ class EmbeddingTables:
     """
 
     memory: Memory
+    layout: str
 
     def __init__(
         self,
@@ -188,13 +197,14 @@ class EmbeddingTables:
         self.features = tuple(features)
         self.row_formats = [table.row_format for table in tables]
         self.output_dtype = output_dtype
-        dims = [tables[feature.table].embedding_dim for feature in features]
-        self.pooled = all(feature.pooling != "none" for feature in features)
-        self.width = sum(dims) if self.pooled else dims[0]
-        self.pools_by_max = any(feature.pooling == "max" for feature in features)
+        layout = Layout(self.tables, (), self.features, output_dtype)
+        self.width, self.pooled, self.pools_by_max = layout.width, layout.pooled, layout.pools_by_max
         self.optimizer: FusedOptimizer | None = None
         # The dictionaries in which the owners keep `weight`: a tenth of the cost of asking the modules.
         self._parameters = [owner._parameters for owner in owners]
+        self._buffers = [owner._buffers for owner in owners]
+        for owner in owners:
+            owner._non_persistent_buffers_set.update(_PARTS)  # a state_dict gets them otherwise
         present = [parameters.get("weight") for parameters in self._parameters]
         for table, weight in enumerate(present):
             if weight is not None:
@@ -202,7 +212,8 @@ class EmbeddingTables:
         self._slots = [self._slot(table) for table in range(len(tables))]
         # Whether a Parameter is to be trained that comes back after its rows were quantized.
         self._trainable = [weight is None or weight.requires_grad for weight in present]
-        self._algorithm = optimizer.algorithm if optimizer else None
+        self.algorithm = optimizer.algorithm if optimizer else None
+        self.key = self._new_key()
         handle = self._new_handle()
         for table, weight in enumerate(present):
             if weight is not None and weight.dtype is not TORCH_DTYPES.get(self.row_formats[table]):
@@ -217,9 +228,27 @@ class EmbeddingTables:
                     owners[table].register_parameter("weight", nn.Parameter(self.memory.view(table)))
                 elif weight.dtype is not TORCH_DTYPES[self.row_formats[table]]:
                     weight.data = self.memory.view(table)
+        for table, weight in enumerate(present):
+            if weight is None:
+                self._show(table)
         weights = self.weights()
         if optimizer:
             self.optimizer = FusedOptimizer(optimizer, weights, self._states(self.memory))
+
+    @classmethod
+    def find(cls, key: Tensor) -> EmbeddingTables | None:
+        """The tables of this process that have `key`, or None."""
+        return _TABLES.get(int(key))
+
+    def parts(self) -> list[Tensor]:
+        """The rows of all tables as their owners have them: Parameters, and buffers where they are quantized."""
+        found: list[Tensor] = []
+        for parameters, buffers, row_format in zip(self._parameters, self._buffers, self.row_formats, strict=True):
+            if row_format in QUANTIZED:
+                found += [buffers[name] for name in _PARTS if name in buffers]  # type: ignore[misc] # none is None
+            else:
+                found.append(parameters["weight"])  # type: ignore[arg-type] # nor this
+        return found
 
     @property
     def handle(self) -> TableSet:
@@ -260,9 +289,13 @@ class EmbeddingTables:
         """Tables and state of zeros."""
         tables = zip(self.tables, self.row_formats, strict=True)
         handle = TableSet([(*table[:3], row_format) for table, row_format in tables], self.features)
-        if self._algorithm is not None:
-            handle.set_optimizer(self._algorithm)
+        if self.algorithm is not None:
+            handle.set_optimizer(self.algorithm)
         return handle
+
+    def new_memory(self) -> Memory:
+        """Tables and state of zeros, such as these."""
+        return Memory(self._new_handle(), len(self.tables))
 
     def _memory_of(self, handle: TableSet) -> Memory:
         """Make the tables of `handle` those that the weights are compared with."""
@@ -270,7 +303,18 @@ class EmbeddingTables:
         self._own(memory)
         return memory
 
+    def _show(self, table: int) -> None:
+        """Make the rows of a table, if quantized, buffers of its owner, where whoever traces a model finds them."""
+        buffers, quantized = self._buffers[table], self.row_formats[table] in QUANTIZED
+        for name in _PARTS:
+            buffers.pop(name, None)
+        if quantized:
+            buffers.update(zip(_PARTS, self.memory.parts[table], strict=False))
+
     def _own(self, memory: Memory) -> None:
+        specs = zip(self.tables, self.row_formats, strict=True)
+        tables = tuple(spec._replace(row_format=row_format) for spec, row_format in specs)
+        self.layout = str(Layout(tables, tuple(map(len, memory.parts)), self.features, self.output_dtype))
         # An address may come again after its table is gone, so `_check_weight` asks the owner if it is still there.
         _OWNERS.update({address: self for address in memory.layouts.addresses if address})
 
@@ -340,6 +384,7 @@ class EmbeddingTables:
         for table, row_format in enumerate(self.row_formats):
             if row_format in QUANTIZED:
                 self._parameters[table].pop("weight", None)
+                self._show(table)
 
     def swap(self, table: int, rows: TableRows, row_format: str) -> Displaced:
         """Put other rows in the place of a table's.
@@ -387,6 +432,7 @@ class EmbeddingTables:
                     new.weight.data = view
                     parameters["weight"] = new.weight
             self._slots[table] = self._slot(table)
+            self._show(table)
             return displaced
 
     def load(self, table: int, source: Tensor) -> None:
@@ -423,22 +469,28 @@ class EmbeddingTables:
         """Give the fused optimizer and its state up."""
         if self.optimizer is not None:
             self.handle.clear_optimizer()
-            self.optimizer = self._algorithm = None
+            self.memory.find_states()
+            self.optimizer = self.algorithm = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The memory stays behind: the weights and the optimizer's state are copied by the modules that hold them, and
-        # rows without a weight go along here.
-        state = {name: value for name, value in self.__dict__.items() if name != "memory"}
-        quantized = [table for table, row_format in enumerate(self.row_formats) if row_format in QUANTIZED]
-        return {**state, "packed": {table: self.packed_state(table) for table in quantized}}
+        # The memory stays behind: weights, buffers and the optimizer's state are copied by the modules that hold them.
+        return {name: value for name, value in self.__dict__.items() if name not in ("memory", "key")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        packed = state.pop("packed")
         self.__dict__.update(state)
+        self.key = self._new_key()
         self.memory = self._memory_of(self._new_handle())
-        for table, parts in packed.items():
-            self.load_packed_state(table, parts)
+        for table, row_format in enumerate(self.row_formats):
+            if row_format in QUANTIZED:
+                buffers = self._buffers[table]
+                parts = {name.removeprefix("weight_"): buffers[name] for name in _PARTS if name in buffers}
+                self.load_packed_state(table, parts)  # type: ignore[arg-type] # none is None
         self.weights()
+
+    def _new_key(self) -> Tensor:
+        number = np.array([secrets.randbits(63)], dtype=np.int64)
+        _TABLES[int(number[0])] = self
+        return _tensors([number])[0]
 
     def packed_state(self, table: int) -> dict[str, Tensor]:
         """A table of quantized rows as tensors of its own.
@@ -474,6 +526,12 @@ def _layouts(weights: Sequence[Tensor]) -> _Layouts:
     return _Layouts(
         list(map(Tensor.data_ptr, weights)), list(map(Tensor.numel, weights)), list(map(Tensor.stride, weights))
     )
+
+
+def _tensors(arrays: Iterable[NDArray[Any]]) -> list[Tensor]:
+    # Those made in inference mode could not be changed, nor saved for a backward, outside of it.
+    with torch.inference_mode(False):
+        return list(map(as_tensor, arrays))
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

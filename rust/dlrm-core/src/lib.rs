@@ -62,7 +62,7 @@ pub use error::{Error, Result};
 pub use gradient::{Gradient, SparseRows};
 pub use level::Level;
 pub use lookup::{Output, Pooling};
-pub use memory::Keeper;
+pub use memory::{Borrowed, Keeper};
 pub use overlap::{Overlap, Part};
 pub use packed::Layout;
 pub use prepared::Prepared;

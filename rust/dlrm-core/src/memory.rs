@@ -3,9 +3,13 @@
 //! Large memory starts on a 2 MB boundary and asks for huge pages, since rows are read at random and a page table of
 //! 4 KB pages does not stay in the cache. Small memory starts on a page. All of it is touched once, by all threads, so
 //! that the first use does not fault. What does not fill a huge page is on small pages: at most 4 KB are wasted.
+//!
+//! Rows that are somewhere already, as those of a saved program that torch has loaded, can be used where they are:
+//! [`Borrowed`].
 
-#![expect(unsafe_code, reason = "mapped memory that others keep alive, as slices")]
+#![expect(unsafe_code, reason = "memory that others keep alive, as slices")]
 
+use std::any::Any;
 use std::sync::Arc;
 
 use bytemuck::Pod;
@@ -17,19 +21,53 @@ use crate::{Context, Error, Result, threads};
 
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Bytes in mapped memory, zero at first, read and written as elements of any type.
+/// Bytes that are read and written as elements of any type; mapped ones are zero at first.
 pub(crate) struct Memory {
-    /// Shared with [`Keeper`]s, which give no access to it.
-    map: Arc<MmapRaw>,
-    /// First byte used, aligned to at least 64.
-    start: usize,
+    /// First byte used, aligned to at least 64 where the memory is mapped.
+    start: *mut u8,
     /// Bytes used.
     len: usize,
+    /// Shared with those who were given the address; gives no access.
+    keeper: Keeper,
 }
 
-/// Keeps memory mapped for those who were given its address, also after its table has moved on.
+// SAFETY: `start` leads to bytes that any thread may use while `keeper` lives; `&self` gives `&[T]` alone, and `&mut self`
+// excludes all others.
+unsafe impl Send for Memory {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Memory {}
+
+/// Keeps memory in place for those who were given its address, also after its table has moved on.
 #[derive(Clone)]
-pub struct Keeper(#[expect(dead_code, reason = "it is held, not used")] Arc<MmapRaw>);
+pub struct Keeper(#[expect(dead_code, reason = "it is held, not used")] Arc<dyn Any + Send + Sync>);
+
+/// Memory of someone else's, to be used where it is.
+pub struct Borrowed(Memory);
+
+impl Borrowed {
+    /// `len` bytes from `start` on, which `owner` keeps there.
+    ///
+    /// # Safety
+    /// 1. The bytes are initialised, and can be read and written by any thread, until `owner` is dropped.
+    /// 2. Nobody else writes to them during a call of the engine, nor reads them during one that writes.
+    pub unsafe fn new(start: *mut u8, len: usize, owner: impl Any + Send + Sync) -> Self {
+        // An empty array may have any address, and a slice may not.
+        let start = if len == 0 { std::ptr::dangling_mut::<u64>().cast() } else { start };
+        Self(Memory { start, len, keeper: Keeper(Arc::new(owner)) })
+    }
+
+    /// The bytes for rows of `what`, if there are as many as those have and they are aligned to `align`.
+    pub(crate) fn checked(self, expected: u128, align: usize, what: &str) -> Result<Memory> {
+        if self.0.len as u128 != expected {
+            return Err(Error::argument(what, format_args!("{expected} bytes"), self.0.len));
+        }
+        if !(self.0.start as usize).is_multiple_of(align) {
+            let got = format!("memory at {:p}", self.0.start);
+            return Err(Error::argument(what, format_args!("memory aligned to {align} bytes"), got));
+        }
+        Ok(self.0)
+    }
+}
 
 impl Memory {
     /// `rows * row_bytes` zeros for `what`, touched by the threads of `ctx`.
@@ -50,20 +88,11 @@ impl Memory {
         let slack = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 0 };
         let map = MmapMut::map_anon((bytes + slack).max(1)).map_err(|e| refuse(e.to_string()))?;
         let start = if slack > 0 { map.as_ptr().align_offset(HUGE_PAGE) } else { 0 };
-        let memory = Self { map: Arc::new(MmapRaw::from(map)), start, len: bytes };
-        memory.ask_for_huge_pages();
-        Ok(memory)
-    }
-
-    fn ask_for_huge_pages(&self) {
-        #[cfg(target_os = "linux")]
-        {
-            let whole = self.len / HUGE_PAGE * HUGE_PAGE;
-            let end = self.start + whole;
-            // A kernel without huge pages refuses; the memory is as good without, only slower.
-            let _ = self.map.advise_range(Advice::HugePage, self.start, whole);
-            let _ = self.map.advise_range(Advice::NoHugePage, end, self.map.len() - end);
-        }
+        let map = MmapRaw::from(map);
+        ask_for_huge_pages(&map, start, bytes);
+        // SAFETY: `start` is below `slack`, by which the map is longer than `bytes`.
+        let first = unsafe { map.as_mut_ptr().add(start) };
+        Ok(Self { start: first, len: bytes, keeper: Keeper(Arc::new(map)) })
     }
 
     /// Has the system give all of it now.
@@ -79,19 +108,15 @@ impl Memory {
 
     /// All of it; its length is a multiple of the size of `T`, which is at most 64 bytes.
     pub(crate) fn as_slice<T: Pod>(&self) -> &[T] {
-        // SAFETY: the bytes are mapped while `self` lives, and initialised, since mapped memory is zero; `&mut` to them
-        // is given by `as_mut_slice` alone, which borrows all of `self`, the only value that gives access.
-        bytemuck::cast_slice(unsafe {
-            std::slice::from_raw_parts(self.map.as_ptr().add(self.start), self.len)
-        })
+        // SAFETY: the bytes are there while `self.keeper` lives, and initialised; `&mut` to them is given by
+        // `as_mut_slice` alone, which borrows all of `self`, the only value that gives access.
+        bytemuck::cast_slice(unsafe { std::slice::from_raw_parts(self.start, self.len) })
     }
 
     /// The same, to be changed.
     pub(crate) fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
         // SAFETY: as in `as_slice`; `&mut self` excludes every other slice.
-        bytemuck::cast_slice_mut(unsafe {
-            std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(self.start), self.len)
-        })
+        bytemuck::cast_slice_mut(unsafe { std::slice::from_raw_parts_mut(self.start, self.len) })
     }
 
     /// Bytes in use.
@@ -99,9 +124,21 @@ impl Memory {
         self.len
     }
 
-    /// What keeps it mapped.
+    /// What keeps it in place.
     pub(crate) fn keeper(&self) -> Keeper {
-        Keeper(Arc::clone(&self.map))
+        self.keeper.clone()
+    }
+}
+
+/// For `len` bytes from `start` on.
+fn ask_for_huge_pages(map: &MmapRaw, start: usize, len: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        let whole = len / HUGE_PAGE * HUGE_PAGE;
+        let end = start + whole;
+        // A kernel without huge pages refuses; the memory is as good without, only slower.
+        let _ = map.advise_range(Advice::HugePage, start, whole);
+        let _ = map.advise_range(Advice::NoHugePage, end, map.len() - end);
     }
 }
 
@@ -190,5 +227,33 @@ mod tests {
         // SAFETY: the keeper keeps the bytes mapped, and nobody writes to them any more.
         assert_eq!(unsafe { at.read() }, 7);
         drop(keeper);
+    }
+
+    #[test]
+    fn borrowed_memory_is_used_where_it_is_and_kept() {
+        let borrow = || {
+            let mut bytes = vec![1.0_f32, 2.0];
+            let start: *mut u8 = bytes.as_mut_ptr().cast();
+            // SAFETY: the vector is moved and not touched, and its elements stay where they are.
+            (start, unsafe { Borrowed::new(start, 8, bytes) })
+        };
+        let (start, borrowed) = borrow();
+        let mut memory = borrowed.checked(8, 4, "a test").unwrap();
+        assert_eq!(memory.as_slice::<u8>().as_ptr(), start.cast_const());
+        memory.as_mut_slice::<f32>()[1] += 1.0;
+        assert_eq!(memory.as_slice::<f32>().iter().sum::<f32>().to_bits(), 4.0_f32.to_bits());
+
+        let message = borrow().1.checked(12, 4, "codes").map(|_| ()).unwrap_err().to_string();
+        assert_eq!(message, "codes: expected 12 bytes, got 8");
+        // SAFETY: nothing is read.
+        let odd = unsafe { Borrowed::new(start.wrapping_add(1), 4, ()) };
+        let message = odd.checked(4, 4, "codes").map(|_| ()).unwrap_err().to_string();
+        assert!(
+            message.starts_with("codes: expected memory aligned to 4 bytes, got memory at 0x"),
+            "{message}"
+        );
+        // SAFETY: there is nothing to read.
+        let empty = unsafe { Borrowed::new(std::ptr::null_mut(), 0, ()) };
+        assert!(empty.checked(0, 4, "codes").unwrap().as_slice::<f32>().is_empty());
     }
 }

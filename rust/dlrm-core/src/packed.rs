@@ -265,7 +265,8 @@ fn check_len(
     Ok(())
 }
 
-fn check_codebook(spec: &TableSpec, codebook: Option<&Lanes>) -> Result<Lanes> {
+/// The codebook of a table; without one, that in which a code means its own number.
+pub(crate) fn check_codebook(spec: &TableSpec, codebook: Option<&Lanes>) -> Result<Lanes> {
     let Some(&codebook) = codebook else {
         return Ok(UNIFORM);
     };

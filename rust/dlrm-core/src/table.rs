@@ -36,6 +36,18 @@ impl TableSpec {
         self.rows as u128 * (row_bytes + pair_bytes(self.format, NEW_SCALES) as u128)
     }
 
+    /// Refuses rows of no elements, or of more than can be counted in the sizes of outputs.
+    pub(crate) fn check_dim(&self) -> Result<()> {
+        let refuse = |expected: &str| {
+            Err(Error::argument(format!("embedding_dim of table '{}'", self.name), expected, self.dim))
+        };
+        match self.dim {
+            0 => refuse("at least 1"),
+            1..=MAX_DIM => Ok(()),
+            _ => refuse(&format!("at most {MAX_DIM}")),
+        }
+    }
+
     /// Bytes of the state of an optimizer of this kind.
     pub(crate) fn state_bytes(&self, kind: Kind) -> u128 {
         self.rows as u128 * kind.state_len(self.dim) as u128 * size_of::<f32>() as u128
@@ -71,20 +83,15 @@ pub(crate) struct Table {
 impl Table {
     /// Zeroed rows and no state.
     pub(crate) fn new(spec: TableSpec, ctx: &Context) -> Result<Self> {
-        if spec.dim == 0 {
-            let argument = format!("embedding_dim of table '{}'", spec.name);
-            return Err(Error::argument(argument, "at least 1", 0));
-        }
-        if spec.dim > MAX_DIM {
-            let argument = format!("embedding_dim of table '{}'", spec.name);
-            return Err(Error::argument(argument, format_args!("at most {MAX_DIM}"), spec.dim));
-        }
-        let what = spec.to_string();
-        Ok(Self {
-            rows: TableRows::zeroed((spec.rows, spec.dim), spec.format, NEW_SCALES, &what, ctx)?,
-            state: Self::no_state(ctx)?,
-            spec,
-        })
+        spec.check_dim()?;
+        let shape = (spec.rows, spec.dim);
+        let rows = TableRows::zeroed(shape, spec.format, NEW_SCALES, &spec.to_string(), ctx)?;
+        Self::of_rows(spec, rows, ctx)
+    }
+
+    /// These rows and no state.
+    pub(crate) fn of_rows(spec: TableSpec, rows: TableRows, ctx: &Context) -> Result<Self> {
+        Ok(Self { spec, rows, state: Self::no_state(ctx)? })
     }
 
     /// What a table has without an optimizer.

@@ -2,10 +2,11 @@
 
 use crate::encode::{Encoding, Method};
 use crate::kernels::{LANES, Lanes};
-use crate::memory::{Keeper, Memory};
+use crate::memory::{Borrowed, Keeper, Memory};
+use crate::packed::check_codebook;
 use crate::rows::{HalfRows, Packing, QuantizedRows};
 use crate::scales::{ScaleFormat, Scales};
-use crate::{Context, Result, RowFormat};
+use crate::{Context, Error, Result, RowFormat, TableSpec};
 
 /// The codebook in which a code of 4 bits means its own number.
 pub(crate) const UNIFORM: Lanes = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
@@ -58,6 +59,48 @@ impl TableRows {
             scale_format: scales,
             codebook: UNIFORM,
         })
+    }
+
+    /// Rows of `spec` that are in memory already, and are used where they are.
+    ///
+    /// `scales` are those of a quantized format alone, and `codebook`, of int4 rows, is as of
+    /// [`TableRows::from_parts`](crate::TableRows::from_parts). Nothing is read: scales that are not finite decode to what is
+    /// not.
+    pub fn borrow(
+        spec: &TableSpec,
+        elements: Borrowed,
+        scales: Option<(ScaleFormat, Borrowed)>,
+        codebook: Option<&Lanes>,
+    ) -> Result<Self> {
+        spec.check_dim()?;
+        let TableSpec { rows, dim, format, ref name } = *spec;
+        if scales.is_some() != format.is_quantized() {
+            let got = if scales.is_some() { "some" } else { "none" };
+            return Err(Error::argument(format!("scales of table '{name}'"), "those of quantized rows", got));
+        }
+        let borrowed = |part: &str, memory: Borrowed, row_bytes: usize, align: usize| {
+            memory.checked(rows as u128 * row_bytes as u128, align, &format!("{part} of table '{name}'"))
+        };
+        let (scale_format, scales) = match scales {
+            Some((format, memory)) => (format, borrowed("scales", memory, format.pair_bytes(), 4)?),
+            None => (ScaleFormat::Fp32, Memory::mapped(0, 0, "no scales")?),
+        };
+        let align = format.bits().div_ceil(8);
+        let elements = borrowed("rows", elements, format.row_bytes(dim), align)?;
+        Ok(Self {
+            rows,
+            dim,
+            format,
+            elements,
+            scales,
+            scale_format,
+            codebook: check_codebook(spec, codebook)?,
+        })
+    }
+
+    /// What a table of these rows is.
+    pub(crate) fn spec(&self, name: String) -> TableSpec {
+        TableSpec { name, rows: self.rows, dim: self.dim, format: self.format }
     }
 
     /// How a row is stored.

@@ -61,6 +61,26 @@ impl Slot<'_> {
 impl TableSet {
     /// Zeroed tables.
     pub fn new(specs: Vec<TableSpec>, features: Vec<Feature>, ctx: &Context) -> Result<Self> {
+        Self::with_tables(specs, features, |specs| {
+            check_available(specs.iter().map(TableSpec::bytes).sum(), &describe(specs))?;
+            specs.iter().map(|spec| Table::new(spec.clone(), ctx)).collect()
+        })
+    }
+
+    /// Tables of rows that are there already, by their names.
+    pub fn of_rows(tables: Vec<(String, TableRows)>, features: Vec<Feature>, ctx: &Context) -> Result<Self> {
+        let spec = |(name, rows): &(String, TableRows)| rows.spec(name.clone());
+        Self::with_tables(tables.iter().map(spec).collect(), features, |specs| {
+            let rows = tables.into_iter().map(|(_, rows)| rows);
+            specs.iter().zip(rows).map(|(spec, rows)| Table::of_rows(spec.clone(), rows, ctx)).collect()
+        })
+    }
+
+    fn with_tables(
+        specs: Vec<TableSpec>,
+        features: Vec<Feature>,
+        tables: impl FnOnce(&[TableSpec]) -> Result<Vec<Table>>,
+    ) -> Result<Self> {
         for (f, feature) in features.iter().enumerate() {
             check_feature(f, *feature, &specs)?;
         }
@@ -76,9 +96,7 @@ impl TableSet {
         for (f, feature) in features.iter().enumerate() {
             features_of[feature.table].push(f);
         }
-        check_available(specs.iter().map(TableSpec::bytes).sum(), &describe(&specs))?;
-        let tables = specs.iter().map(|spec| Table::new(spec.clone(), ctx));
-        let tables = Guarded::new(tables.collect::<Result<_>>()?);
+        let tables = Guarded::new(tables(&specs)?);
         Ok(Self { specs, features, features_of, columns, pooled, optimizer: AtomicUsize::new(0), tables })
     }
 

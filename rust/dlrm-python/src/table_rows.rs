@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 use crate::arrays::input;
 use crate::call::call;
 use crate::error::BindingError;
+use crate::views::borrowed;
 
 type Any<'a, 'py> = &'a Bound<'py, PyAny>;
 /// Rows, the relative error of each, and the largest absolute error.
@@ -89,15 +90,38 @@ impl TableRows {
         let [rows, _] = two_dimensions("codes", &codes)?;
         let spec = TableSpec { name, rows, dim: embedding_dim, format };
         let scales = ScaleArray::new(scales)?;
-        let codebook = codebook.map(|numbers| {
-            let got = format!("codebook: expected 16 numbers, got {}", numbers.len());
-            <[f32; 16]>::try_from(numbers).map_err(|_| PyValueError::new_err(got))
-        });
-        let codebook = codebook.transpose()?;
+        let codebook = sixteen(codebook)?;
         let (codes, pairs) = (codes.as_slice()?, scales.bytes()?);
         let made = call(py, |_| dlrm_core::TableRows::from_parts(&spec, codes, pairs, codebook.as_ref()))?;
         Ok(Self::new(made))
     }
+
+    #[staticmethod]
+    fn borrow(
+        name: String,
+        embedding_dim: usize,
+        row_format: &str,
+        elements: Any<'_, '_>,
+        scales: Option<Any<'_, '_>>,
+        codebook: Option<Vec<f32>>,
+    ) -> PyResult<Self> {
+        let format = row_format.parse().map_err(BindingError)?;
+        let rows = elements.len()?;
+        let spec = TableSpec { name, rows, dim: embedding_dim, format };
+        let scales = scales
+            .map(|array| Ok::<_, PyErr>((ScaleArray::new(array)?.format(), borrowed("scales", array)?)));
+        let (elements, scales) = (borrowed("rows", elements)?, scales.transpose()?);
+        let made = dlrm_core::TableRows::borrow(&spec, elements, scales, sixteen(codebook)?.as_ref());
+        Ok(Self::new(made.map_err(BindingError)?))
+    }
+}
+
+fn sixteen(codebook: Option<Vec<f32>>) -> PyResult<Option<[f32; 16]>> {
+    let array = codebook.map(|numbers| {
+        let got = format!("codebook: expected 16 numbers, got {}", numbers.len());
+        <[f32; 16]>::try_from(numbers).map_err(|_| PyValueError::new_err(got))
+    });
+    array.transpose()
 }
 
 /// How rows are to be encoded, by its names.
@@ -148,11 +172,20 @@ impl<'py> ScaleArray<'py> {
         input("scales", array).map(Self::Bf16).map_err(wrong)
     }
 
+    fn format(&self) -> ScaleFormat {
+        match self {
+            Self::Fp32(_) => ScaleFormat::Fp32,
+            Self::Fp16(_) => ScaleFormat::Fp16,
+            Self::Bf16(_) => ScaleFormat::Bf16,
+        }
+    }
+
     fn bytes(&self) -> PyResult<(ScaleFormat, &[u8])> {
-        Ok(match self {
-            Self::Fp32(array) => (ScaleFormat::Fp32, bytemuck::cast_slice(array.as_slice()?)),
-            Self::Fp16(array) => (ScaleFormat::Fp16, bytemuck::cast_slice(array.as_slice()?)),
-            Self::Bf16(array) => (ScaleFormat::Bf16, bytemuck::cast_slice(array.as_slice()?)),
-        })
+        let bytes = match self {
+            Self::Fp32(array) => bytemuck::cast_slice(array.as_slice()?),
+            Self::Fp16(array) => bytemuck::cast_slice(array.as_slice()?),
+            Self::Bf16(array) => bytemuck::cast_slice(array.as_slice()?),
+        };
+        Ok((self.format(), bytes))
     }
 }

@@ -19,6 +19,8 @@ type Array2<'py> = Bound<'py, PyArray2<f32>>;
 /// Touched rows and their gradients.
 type Sparse<'py> = (Bound<'py, PyArray1<i64>>, Array2<'py>);
 type Any<'a, 'py> = &'a Bound<'py, PyAny>;
+/// Table, pooling and padding of a feature.
+type PyFeature = (usize, String, Option<usize>);
 
 #[pyclass(frozen, module = "dlrm_rs._dlrm_rs")]
 pub(crate) struct TableSet(pub(crate) dlrm_core::TableSet);
@@ -29,18 +31,26 @@ impl TableSet {
     fn new(
         py: Python<'_>,
         tables: Vec<(String, usize, usize, String)>,
-        features: Vec<(usize, String, Option<usize>)>,
+        features: Vec<PyFeature>,
     ) -> PyResult<Self> {
         let spec = |(name, rows, dim, format): (_, _, _, String)| -> dlrm_core::Result<_> {
             Ok(TableSpec { name, rows, dim, format: format.parse()? })
         };
-        let feature = |(table, pooling, padding): (_, String, _)| -> dlrm_core::Result<_> {
-            Ok(Feature { table, pooling: pooling.parse()?, padding })
-        };
         let specs = tables.into_iter().map(spec).collect::<Result<Vec<_>, _>>().map_err(BindingError)?;
-        let features =
-            features.into_iter().map(feature).collect::<Result<Vec<_>, _>>().map_err(BindingError)?;
+        let features = parsed(features)?;
         call(py, |ctx| dlrm_core::TableSet::new(specs, features, ctx)).map(Self)
+    }
+
+    #[staticmethod]
+    fn of_rows(
+        py: Python<'_>,
+        tables: Vec<(String, PyRef<'_, TableRows>)>,
+        features: Vec<PyFeature>,
+    ) -> PyResult<Self> {
+        let taken = |(name, rows): (_, PyRef<'_, TableRows>)| Ok::<_, PyErr>((name, rows.take()?));
+        let tables = tables.into_iter().map(taken).collect::<PyResult<Vec<_>>>()?;
+        let features = parsed(features)?;
+        call(py, |ctx| dlrm_core::TableSet::of_rows(tables, features, ctx)).map(Self)
     }
 
     fn row_format(&self, py: Python<'_>, table: usize) -> PyResult<&'static str> {
@@ -331,6 +341,13 @@ pub(crate) fn fused_optimizer(
     let values = kind.hyperparameters().iter().map(|name| hyperparameter(hyperparameters, name));
     let values = values.collect::<PyResult<Vec<f64>>>()?;
     Ok(Optimizer::new(kind, &values).map_err(BindingError)?)
+}
+
+fn parsed(features: Vec<PyFeature>) -> PyResult<Vec<Feature>> {
+    let feature = |(table, pooling, padding): PyFeature| -> dlrm_core::Result<_> {
+        Ok(Feature { table, pooling: pooling.parse()?, padding })
+    };
+    Ok(features.into_iter().map(feature).collect::<Result<Vec<_>, _>>().map_err(BindingError)?)
 }
 
 /// What describes the gradient of a lookup's output.

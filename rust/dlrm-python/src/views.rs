@@ -1,11 +1,12 @@
-//! Memory of tables as NumPy arrays, without a copy.
+//! Memory of tables as NumPy arrays, and of NumPy arrays as tables, without a copy.
 
-#![expect(unsafe_code, reason = "NumPy views of memory that Rust owns")]
+#![expect(unsafe_code, reason = "the same memory seen by NumPy and by Rust")]
 
-use dlrm_core::{RowFormat, ScaleFormat, TableRows};
+use dlrm_core::{Borrowed, RowFormat, ScaleFormat, TableRows};
 use half::f16;
 use numpy::ndarray::{ArrayView, IntoDimension};
-use numpy::{Element, PyArray};
+use numpy::{Element, PyArray, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::BindingError;
@@ -88,4 +89,23 @@ pub(crate) fn scales(
 /// The format of rows, and where their elements and scales are.
 pub(crate) fn parts(rows: &TableRows) -> (RowFormat, ScaleFormat, Kept, Kept) {
     (rows.format(), rows.scale_format(), Kept::new(rows.elements()), Kept::new(rows.scales()))
+}
+
+/// The memory of a C-contiguous, writable array of any dtype, which it keeps alive.
+pub(crate) fn borrowed(name: &str, array: &Bound<'_, PyAny>) -> PyResult<Borrowed> {
+    let array = array
+        .cast::<PyUntypedArray>()
+        .map_err(|_| PyTypeError::new_err(format!("{name}: expected an array, got {}", array.get_type())))?;
+    // SAFETY: NumPy's own description of the array, which `array` keeps alive.
+    let (start, flags) = unsafe {
+        let fields = &raw const (*array.as_array_ptr()).fields;
+        ((*fields).data, (*fields).flags)
+    };
+    if !array.is_c_contiguous() || flags & numpy::npyffi::NPY_ARRAY_WRITEABLE == 0 {
+        return Err(PyValueError::new_err(format!("{name}: expected a writable, C-contiguous array")));
+    }
+    let bytes = array.len() * array.dtype().itemsize();
+    // SAFETY: 1. a contiguous array has as many bytes, which NumPy keeps where they are as long as the array is referred
+    // to; 2. as of every table, it is Python's to keep out of a running call.
+    Ok(unsafe { Borrowed::new(start.cast(), bytes, array.clone().unbind()) })
 }

@@ -1,0 +1,103 @@
+"""The engine's calls on tensors, which both ways share: nothing of autograd here, nor of whose the tables are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlrm_rs._dlrm_rs import TableSet
+from dlrm_rs.layout import Layout
+from dlrm_rs.optim import FusedOptimizer
+from dlrm_rs.row_formats import as_array
+from dlrm_rs.tables import EmbeddingTables, Memory
+
+__all__ = [
+    "array",
+    "check_fused",
+    "dense_gradient",
+    "gradient_terms",
+    "lookup",
+    "per_sample_weights_gradient",
+    "update",
+]
+
+# `indices, offsets, batch_size`, as of `operators.lookup`.
+Bags = tuple[Tensor, Tensor | None, int]
+
+# What `gradient_terms` gives.
+Terms = tuple[Any, Any, int, Any, Any, Any, Sequence[bool], bool]
+
+
+def lookup(
+    handle: TableSet,
+    shape: EmbeddingTables | Layout,
+    bags: Bags,
+    per_sample_weights: Tensor | None,
+    argmax: Tensor | None,
+) -> Tensor:
+    """Look up and pool: `(B, W)`, or `(L, D)` where nothing is pooled."""
+    indices, offsets, batch_size = bags
+    # `device`, lest a default device that the user has set is taken.
+    rows = batch_size if shape.pooled else indices.numel()
+    out = torch.empty(rows, shape.width, dtype=shape.output_dtype, device="cpu")
+    handle.lookup(indices.numpy(), array(offsets), batch_size, array(per_sample_weights), as_array(out), array(argmax))
+    return out
+
+
+def gradient_terms(
+    bags: Bags,
+    per_sample_weights: Tensor | None,
+    argmax: Tensor | None,
+    grad: Tensor,
+    trainable: Sequence[bool],
+    scale_grad_by_freq: bool,
+) -> Terms:
+    """The arguments of every gradient: of `update`, of dense and of sparse ones; `grad` is float32 and contiguous."""
+    indices, offsets, batch_size = bags
+    arrays = (array(per_sample_weights), array(argmax), array(grad))
+    return indices.numpy(), array(offsets), batch_size, *arrays, trainable, scale_grad_by_freq
+
+
+def check_fused(tables: EmbeddingTables) -> FusedOptimizer:
+    """The fused optimizer that a forward was made with, if it is still there.
+
+    Raises:
+        RuntimeError: It is not.
+    """
+    if tables.optimizer is None:
+        raise RuntimeError(
+            "backward: expected the fused optimizer that the forward was made with, and it was given up since: the "
+            "tables have been quantized"
+        )
+    return tables.optimizer
+
+
+def update(tables: EmbeddingTables, memory: Memory, terms: Terms) -> None:
+    """Run the fused optimizer of `tables`, with its hyperparameters of now, on `memory`."""
+    group = check_fused(tables).param_groups[0]
+    memory.handle.update(*terms, group)
+
+
+def dense_gradient(handle: TableSet, dtypes: Sequence[torch.dtype], terms: Terms) -> list[Tensor | None]:
+    """The gradient of every table, `(N, D)` of its dtype; None for one that is not trainable."""
+    gradients = handle.dense_gradient(*terms)
+    return [
+        None if rows is None else torch.from_numpy(rows).to(dtype)
+        for rows, dtype in zip(gradients, dtypes, strict=True)
+    ]
+
+
+def per_sample_weights_gradient(handle: TableSet, bags: Bags, grad: Tensor) -> Tensor:
+    """The gradient of `per_sample_weights`, `(L,)`."""
+    indices, offsets, batch_size = bags
+    return torch.from_numpy(
+        handle.per_sample_weights_gradient(indices.numpy(), array(offsets), batch_size, array(grad))
+    )
+
+
+def array(tensor: Tensor | None) -> Any:
+    """A tensor as the engine takes it."""
+    return None if tensor is None else tensor.detach().numpy()
