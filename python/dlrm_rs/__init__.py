@@ -22,6 +22,7 @@ from dlrm_rs.model import DLRM
 from dlrm_rs.quantization import Budget, QuantizationReport, dequantize, quantize
 from dlrm_rs.replace import replace_embeddings
 from dlrm_rs.table_configs import EmbeddingBagConfig, EmbeddingConfig
+from dlrm_rs.tricks import PrEmbeddingBag, QREmbeddingBag, WeightedEmbeddingBag, md_solver
 
 pytree.register()
 
@@ -36,11 +37,15 @@ __all__ = [
     "EmbeddingConfig",
     "KeyedJaggedTensor",
     "KeyedTensor",
+    "PrEmbeddingBag",
+    "QREmbeddingBag",
     "QuantizationReport",
+    "WeightedEmbeddingBag",
     "__version__",
     "dequantize",
     "get_num_threads",
     "info",
+    "md_solver",
     "optim",
     "quantize",
     "replace_embeddings",

@@ -6,6 +6,8 @@ weights are checked by the engine, where they are used.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -115,13 +117,13 @@ def check_size(name: str, size: int) -> None:
 
     Args:
         name: What it counts, for messages.
-        size: The number.
+        size: The number; NumPy's integers are some, too.
 
     Raises:
         TypeError: Not an integer.
         ValueError: Negative, or beyond 64 bits.
     """
-    if not isinstance(size, int):
+    if not isinstance(size, Integral):
         raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
     if not 0 <= size < 2**63:
         raise ValueError(f"{name}: expected a number from 0 to 2^63 - 1, got {size}")
