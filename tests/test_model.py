@@ -42,7 +42,8 @@ def reference(model: DLRM, dense: Tensor, sparse: KeyedJaggedTensor) -> list[lis
             pooled.append([sum(rows[i][d] for i in ids) for d in range(len(rows[0]))])
         if model.interaction == "dot":
             X = [x, *pooled]
-            extra = [sum(p * q for p, q in zip(X[i], X[j], strict=True)) for i in range(len(X)) for j in range(i)]
+            pairs = [(i, j) for i in range(len(X)) for j in range(i + model.interaction_itself)]
+            extra = [sum(p * q for p, q in zip(X[i], X[j], strict=True)) for i, j in pairs]
         else:
             extra = [v for vector in pooled for v in vector]
         logits.append(mlp([*x, *extra], model.top))
@@ -50,10 +51,18 @@ def reference(model: DLRM, dense: Tensor, sparse: KeyedJaggedTensor) -> list[lis
 
 
 @pytest.mark.parametrize(
-    ("interaction", "dims"), [("dot", (4, 4, 4)), ("dot", (4,)), ("cat", (4, 4, 4)), ("cat", (2, 7, 1))]
+    ("interaction", "dims", "itself"),
+    [
+        ("dot", (4, 4, 4), False),
+        ("dot", (4, 4, 4), True),
+        ("dot", (4,), False),
+        ("dot", (4,), True),
+        ("cat", (4, 4, 4), False),
+        ("cat", (2, 7, 1), False),
+    ],
 )
-def test_against_loops(interaction: str, dims: tuple[int, ...]) -> None:
-    model = DLRM(EmbeddingBagCollection(tables(*dims)), 3, [6, 4], [5, 1], interaction)
+def test_against_loops(interaction: str, dims: tuple[int, ...], itself: bool) -> None:
+    model = DLRM(EmbeddingBagCollection(tables(*dims)), 3, [6, 4], [5, 1], interaction, itself)
     dense, sparse = torch.randn(7, 3), features(len(dims), 7)
     logits = model(dense, sparse)
     assert logits.shape == (7, 1)
@@ -118,6 +127,8 @@ def test_bad_sizes() -> None:
         DLRM(embeddings, 3, [4], [1])
     with pytest.raises(ValueError, match=r"interaction: expected one of .* got 'mul'"):
         DLRM(embeddings, 3, [4], [1], "mul")
+    with pytest.raises(ValueError, match="interaction_itself: expected False with 'cat', which multiplies nothing"):
+        DLRM(embeddings, 3, [4], [1], "cat", interaction_itself=True)
     with pytest.raises(ValueError, match=r"top_mlp: expected widths of at least 1, got \[\]"):
         DLRM(embeddings, 3, [4], [], "cat")
     with pytest.raises(ValueError, match=r"dense_in_features: expected widths of at least 1, got \[0\]"):

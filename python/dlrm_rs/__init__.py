@@ -18,6 +18,8 @@ from dlrm_rs.embedding_bag import EmbeddingBag
 from dlrm_rs.embedding_collection import EmbeddingCollection
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.keyed_tensor import KeyedTensor
+from dlrm_rs.losses import DLRMLoss
+from dlrm_rs.lr_policy import LRPolicyScheduler
 from dlrm_rs.model import DLRM
 from dlrm_rs.quantization import Budget, QuantizationReport, dequantize, quantize
 from dlrm_rs.replace import replace_embeddings
@@ -29,6 +31,7 @@ pytree.register()
 __all__ = [
     "DLRM",
     "Budget",
+    "DLRMLoss",
     "Embedding",
     "EmbeddingBag",
     "EmbeddingBagCollection",
@@ -37,6 +40,7 @@ __all__ = [
     "EmbeddingConfig",
     "KeyedJaggedTensor",
     "KeyedTensor",
+    "LRPolicyScheduler",
     "PrEmbeddingBag",
     "QREmbeddingBag",
     "QuantizationReport",

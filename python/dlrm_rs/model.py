@@ -59,6 +59,7 @@ class DLRM(nn.Module):
         top_mlp: Widths of the top MLP's layers; the last is the number of logits, 1 for click prediction.
         interaction: "dot": the dot product of every pair of `x` and the features, beside `x` itself; all `D` equal.
             "cat": `x` and the features side by side; any `D`.
+        interaction_itself: With the dot interaction, also the product of `x`, and of every feature, with itself.
 
     Attributes:
         embeddings: As given.
@@ -67,7 +68,8 @@ class DLRM(nn.Module):
 
     Raises:
         TypeError: `embeddings` cannot tell its sizes.
-        ValueError: Sizes do not fit each other, or `interaction` is neither "dot" nor "cat".
+        ValueError: Sizes do not fit each other, `interaction` is neither "dot" nor "cat", or `interaction_itself` with
+            "cat".
 
     Example:
         >>> import torch, dlrm_rs
@@ -92,10 +94,15 @@ class DLRM(nn.Module):
         bottom_mlp: Sequence[int],
         top_mlp: Sequence[int],
         interaction: str = "dot",
+        interaction_itself: bool = False,
     ) -> None:
         super().__init__()
         if interaction not in INTERACTIONS:
             raise ValueError(f"interaction: expected one of {INTERACTIONS}, got {interaction!r}")
+        if interaction_itself and interaction != "dot":
+            raise ValueError(
+                f"interaction_itself: expected False with {interaction!r}, which multiplies nothing, got True"
+            )
         _check_widths("dense_in_features", [dense_in_features])
         _check_widths("bottom_mlp", bottom_mlp)
         _check_widths("top_mlp", top_mlp)
@@ -109,11 +116,12 @@ class DLRM(nn.Module):
         self.embeddings = embeddings
         self.dense_in_features = dense_in_features
         self.interaction = interaction
+        self.interaction_itself = interaction_itself
         self.embedding_dims = dims
         self.bottom = _mlp([dense_in_features, *bottom_mlp], last_relu=True)
-        self.top = _mlp([D + (F * (F + 1) // 2 if interaction == "dot" else sum(dims)), *top_mlp], last_relu=False)
         # Where the pairs i > j are in a flattened (F + 1, F + 1) matrix, row by row: facebookresearch/dlrm's order.
-        i, j = torch.tril_indices(F + 1, F + 1, offset=-1)
+        i, j = torch.tril_indices(F + 1, F + 1, offset=0 if interaction_itself else -1)
+        self.top = _mlp([D + (len(i) if interaction == "dot" else sum(dims)), *top_mlp], last_relu=False)
         self.pairs: Tensor
         self.register_buffer("pairs", i * (F + 1) + j, persistent=False)
 
@@ -179,7 +187,7 @@ class DLRM(nn.Module):
         X = torch.cat([x, y], dim=1).view(B, -1, D)  # (B, F + 1, D)
         Z = X @ X.transpose(1, 2)  # (B, F + 1, F + 1)
         # index_select and not Z[:, i, j], whose backward costs more on a CPU.
-        return torch.cat([x, Z.flatten(1).index_select(1, self.pairs)], dim=1)  # (B, D + F * (F + 1) / 2)
+        return torch.cat([x, Z.flatten(1).index_select(1, self.pairs)], dim=1)  # (B, D + pairs)
 
     def _cat(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.cat([x, y], dim=1)  # (B, D + sum of D)
