@@ -112,8 +112,8 @@ def check_no_nan(name: str, weight: Tensor) -> None:
             raise ValueError(f"{name}: expected numbers, got NaN at row {row}, column {column} ({len(places)} in all)")
 
 
-def check_size(name: str, size: int) -> None:
-    """Refuse a number of rows or columns that is none.
+def check_size(name: str, size: int) -> int:
+    """A number of rows or columns, as an int of Python's.
 
     Args:
         name: What it counts, for messages.
@@ -127,6 +127,7 @@ def check_size(name: str, size: int) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
     if not 0 <= size < 2**63:
         raise ValueError(f"{name}: expected a number from 0 to 2^63 - 1, got {size}")
+    return int(size)
 
 
 def check_device(device: torch.device | str | int | None) -> None:
@@ -173,4 +174,4 @@ def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int | Non
         raise ValueError(
             f"padding_idx: expected a row of the table, {-num_embeddings} to {num_embeddings - 1}, got {padding_idx}"
         )
-    return padding_idx % num_embeddings
+    return int(padding_idx) % int(num_embeddings)

@@ -190,10 +190,7 @@ class EmbeddingTables:
             raise TypeError(
                 f"optimizer: expected None or one of dlrm_rs.optim, as dlrm_rs.optim.SGD(lr=0.1), got {optimizer!r}"
             )
-        for name, num_embeddings, embedding_dim, _ in tables:
-            check_size(f"num_embeddings of table {name!r}", num_embeddings)
-            check_size(f"embedding_dim of table {name!r}", embedding_dim)
-        self.tables = tuple(tables)
+        self.tables = tuple(map(_checked, tables))
         self.features = tuple(features)
         self.row_formats = [table.row_format for table in tables]
         self.output_dtype = output_dtype
@@ -519,6 +516,12 @@ class EmbeddingTables:
 
     def __repr__(self) -> str:
         return f"EmbeddingTables({len(self.tables)} tables, {len(self.features)} features)"
+
+
+def _checked(table: TableSpec) -> TableSpec:
+    name, num_embeddings, embedding_dim, row_format = table
+    rows = check_size(f"num_embeddings of table {name!r}", num_embeddings)
+    return TableSpec(name, rows, check_size(f"embedding_dim of table {name!r}", embedding_dim), row_format)
 
 
 def _layouts(weights: Sequence[Tensor]) -> _Layouts:
