@@ -21,6 +21,7 @@ from dlrm_rs.keyed_tensor import KeyedTensor
 from dlrm_rs.losses import DLRMLoss
 from dlrm_rs.lr_policy import LRPolicyScheduler
 from dlrm_rs.model import DLRM
+from dlrm_rs.pipeline import Pipeline
 from dlrm_rs.quantization import Budget, QuantizationReport, dequantize, quantize
 from dlrm_rs.replace import replace_embeddings
 from dlrm_rs.table_configs import EmbeddingBagConfig, EmbeddingConfig
@@ -41,6 +42,7 @@ __all__ = [
     "KeyedJaggedTensor",
     "KeyedTensor",
     "LRPolicyScheduler",
+    "Pipeline",
     "PrEmbeddingBag",
     "QREmbeddingBag",
     "QuantizationReport",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dlrm_rs import operators
 from dlrm_rs.arguments import check_device, check_pooling, float_tensor, index_tensor
+from dlrm_rs.devices import CPU, Device
+from dlrm_rs.devices import output_device as checked_output_device
+from dlrm_rs.devices.transfer import to_device
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.keyed_tensor import KeyedTensor
 from dlrm_rs.named_tables import NamedTables, beside
@@ -16,7 +20,24 @@ from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.table_configs import EmbeddingBagConfig
 from dlrm_rs.variable_batch import expand, fill_up
 
-__all__ = ["EmbeddingBagCollection"]
+if TYPE_CHECKING:
+    from dlrm_rs.pipeline.lane import Lane
+
+__all__ = ["EmbeddingBagCollection", "LookupCall"]
+
+
+class LookupCall(NamedTuple):
+    """The ids of a lookup, checked by type and shape, and in the order of the tables."""
+
+    indices: Tensor
+    offsets: Tensor
+    batch_size: int
+    per_sample_weights: Tensor | None
+
+    def arrays(self) -> tuple[Any, Any, int, Any]:
+        """The same as the engine takes it."""
+        weights = None if self.per_sample_weights is None else self.per_sample_weights.detach().numpy()
+        return self.indices.numpy(), self.offsets.numpy(), self.batch_size, weights
 
 
 class EmbeddingBagCollection(NamedTables):
@@ -42,6 +63,8 @@ class EmbeddingBagCollection(NamedTables):
         optimizer: One of `dlrm_rs.optim`: backward then updates the rows itself and no gradient tensor exists.
         output_dtype: Of the output: `torch.float32`, or `torch.float16` or `torch.bfloat16`, to which sums in float32
             are rounded: half the bytes to bring to another device.
+        output_device: Where the output is wanted: "cuda" for page-locked memory, which the engine writes to, and copies
+            beside the current stream, ready when that uses them; gradients come back the same way.
 
     Attributes:
         embedding_bags: One module per table, which holds its `weight`, `(N, D)`; quantized tables have none.
@@ -75,6 +98,8 @@ class EmbeddingBagCollection(NamedTables):
 
     embedding_bags: nn.ModuleDict
     _holders = "embedding_bags"
+    # In a pipeline, which looks up ahead of the model.
+    _lane: Lane | None = None
 
     def __init__(
         self,
@@ -84,12 +109,14 @@ class EmbeddingBagCollection(NamedTables):
         *,
         optimizer: OptimizerSpec | None = None,
         output_dtype: torch.dtype = torch.float32,
+        output_device: Device | torch.device | str | int | None = None,
     ) -> None:
         check_device(device)
         super().__init__(tables)
         self._is_weighted = is_weighted
         poolings = [check_pooling(f"pooling of table {config.name!r}", config.pooling) for config in tables]
         self._make_tables(poolings, optimizer, output_dtype)
+        self._tables.output_device = checked_output_device(output_device)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool every feature.
@@ -108,15 +135,12 @@ class EmbeddingBagCollection(NamedTables):
             TypeError: `features` is no KeyedJaggedTensor, or ids that are not integers.
         """
         keyed_tensor: type[KeyedTensor] = beside(type(features), "KeyedTensor")
+        values = None if self._lane is None else self._lane.take(features)
+        if values is None:
+            values = self._run(self._lookup_call(features))
         inverse = features.inverse_indices_or_none()
-        features = self._in_order(features)
-        ids, offsets, weights = features.values(), features.offsets(), features.weights_or_none()
-        if inverse is None and not features.variable_stride_per_key():
-            values = self._lookup("features.values()", ids, "features.offsets()", offsets, weights)
-        else:
-            strides = features.stride_per_key()
-            offsets = fill_up(offsets, strides)
-            values = self._lookup("features.values()", ids, "features.offsets()", offsets, weights)
+        if inverse is not None or features.variable_stride_per_key():
+            strides = self._in_order(features).stride_per_key()
             values = expand(values, self._features, self._lengths, strides, inverse)
         return keyed_tensor(self._embedding_names, self._lengths, values)
 
@@ -144,9 +168,24 @@ class EmbeddingBagCollection(NamedTables):
             >>> collection.lookup(torch.tensor([0, 1, 3]), torch.tensor([0, 2, 3])).detach()
             tensor([[2., 1.]])
         """
-        return self._lookup("indices", indices, "offsets", offsets, per_sample_weights)
+        return self._run(self._checked("indices", indices, "offsets", offsets, per_sample_weights))
 
-    def _lookup(self, ids_name: str, ids: Tensor, offsets_name: str, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    def _lookup_call(self, features: KeyedJaggedTensor) -> LookupCall:
+        """What `forward` looks up."""
+        inverse = features.inverse_indices_or_none()
+        features = self._in_order(features)
+        ids, offsets, weights = features.values(), features.offsets(), features.weights_or_none()
+        if inverse is not None or features.variable_stride_per_key():
+            offsets = fill_up(offsets, features.stride_per_key())
+        return self._checked("features.values()", ids, "features.offsets()", offsets, weights)
+
+    def _run(self, call: LookupCall) -> Tensor:
+        pooled = operators.lookup(self._tables, *call)
+        return pooled if self._tables.output_device is CPU else to_device(pooled, self._tables.output_device)
+
+    def _checked(
+        self, ids_name: str, ids: Tensor, offsets_name: str, offsets: Tensor, weights: Tensor | None
+    ) -> LookupCall:
         ids = index_tensor(ids_name, ids)  # (L,)
         offsets = index_tensor(offsets_name, offsets)  # (F * B + 1,)
         F = len(self._features)
@@ -169,7 +208,7 @@ class EmbeddingBagCollection(NamedTables):
             )
         if weights is not None:
             weights = float_tensor("per_sample_weights", weights, ids.shape)
-        return operators.lookup(self._tables, ids, offsets, batch_size, weights)
+        return LookupCall(ids, offsets, batch_size, weights)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables, in their order."""

@@ -28,6 +28,7 @@ from torch.autograd.graph import increment_version
 
 from dlrm_rs._dlrm_rs import TableRows, TableSet
 from dlrm_rs.arguments import check_size, check_table_weight
+from dlrm_rs.devices import CPU, Device
 from dlrm_rs.layout import FeatureSpec, Layout, TableSpec
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
 from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_tensor
@@ -166,6 +167,7 @@ class EmbeddingTables:
         row_formats: How the rows of every table are stored.
         optimizer: The fused optimizer, or None.
         output_dtype: Of what lookups give.
+        output_device: Where pooled rows go.
         width: As of `Layout`, and so are `pooled` and `pools_by_max`.
 
     Raises:
@@ -194,6 +196,7 @@ class EmbeddingTables:
         self.features = tuple(features)
         self.row_formats = [table.row_format for table in tables]
         self.output_dtype = output_dtype
+        self.output_device: Device = CPU
         layout = Layout(self.tables, (), self.features, output_dtype)
         self.width, self.pooled, self.pools_by_max = layout.width, layout.pooled, layout.pools_by_max
         self.optimizer: FusedOptimizer | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlrm_rs._dlrm_rs import TableSet
+from dlrm_rs.devices.ring import Ring
 from dlrm_rs.layout import Layout
 from dlrm_rs.optim import FusedOptimizer
 from dlrm_rs.row_formats import as_array
@@ -37,12 +38,16 @@ def lookup(
     bags: Bags,
     per_sample_weights: Tensor | None,
     argmax: Tensor | None,
+    outputs: Ring | None = None,
 ) -> Tensor:
-    """Look up and pool: `(B, W)`, or `(L, D)` where nothing is pooled."""
+    """Look up and pool: `(B, W)`, or `(L, D)` where nothing is pooled; into memory of `outputs`, if there is one."""
     indices, offsets, batch_size = bags
-    # `device`, lest a default device that the user has set is taken.
     rows = batch_size if shape.pooled else indices.numel()
-    out = torch.empty(rows, shape.width, dtype=shape.output_dtype, device="cpu")
+    if outputs is None:
+        # `device`, lest a default device that the user has set is taken.
+        out = torch.empty(rows, shape.width, dtype=shape.output_dtype, device="cpu")
+    else:
+        out = outputs.take((rows, shape.width), shape.output_dtype)
     handle.lookup(indices.numpy(), array(offsets), batch_size, array(per_sample_weights), as_array(out), array(argmax))
     return out
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from dlrm_rs.devices import CPU
+from dlrm_rs.devices.ring import Ring
 from dlrm_rs.operators import calls
 from dlrm_rs.tables import EmbeddingTables, Memory
 
@@ -40,7 +42,8 @@ def lookup(
             call = _Call(tables, tables.memory, weights, batch_size, trainable, sparse, scale_grad_by_freq, fused)
             out: Tensor = _Lookup.apply(call, indices, offsets, per_sample_weights, *inputs)
             return out
-    return calls.lookup(tables.handle, tables, (indices, offsets, batch_size), per_sample_weights, None)
+    bags = (indices, offsets, batch_size)
+    return calls.lookup(tables.handle, tables, bags, per_sample_weights, None, _outputs(tables))
 
 
 def renorm(
@@ -88,7 +91,7 @@ class _Lookup(torch.autograd.Function):
         if call.tables.pools_by_max:
             argmax = torch.empty(call.batch_size, call.tables.width, dtype=torch.int32, device="cpu")
         bags = (indices, offsets, call.batch_size)
-        out = calls.lookup(call.tables.handle, call.tables, bags, per_sample_weights, argmax)
+        out = calls.lookup(call.tables.handle, call.tables, bags, per_sample_weights, argmax, _outputs(call.tables))
         # Only the gradient of per_sample_weights reads the rows: then torch is to notice if they changed meanwhile.
         rows = call.weights if ctx.needs_input_grad[3] else ()
         ctx.save_for_backward(indices, offsets, per_sample_weights, argmax, *rows)
@@ -123,6 +126,11 @@ class _Lookup(torch.autograd.Function):
                 dtypes = [weight.dtype for weight in call.weights]
                 grads = calls.dense_gradient(call.memory.handle, dtypes, terms)
         return (None, None, None, weights_grad, *grads)
+
+
+def _outputs(tables: EmbeddingTables) -> Ring | None:
+    """Memory from which copies to the device go on their own; none for output that stays where it is."""
+    return None if tables.output_device is CPU else tables.output_device.outputs
 
 
 def _sparse_gradient(call: _Call, terms: calls.Terms) -> list[Tensor | None]:

@@ -1,0 +1,114 @@
+"""Host memory that is used over and over: written by the engine, read by a copy to the device, and written again.
+
+A slot is free again when nothing looks at its memory any more: no tensor made of it, and no copy that has begun. So a
+tensor from a ring may be kept for as long as one likes, and after a few steps nothing is allocated any more.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import weakref
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Bytes", "Ring", "huge_pages", "pinned"]
+
+Bytes = NDArray[np.uint8]
+
+_HUGE_PAGE = 2 << 20
+
+
+class Ring:
+    """Slots of host memory.
+
+    Args:
+        allocate: Gives so many bytes.
+
+    Example:
+        >>> ring = Ring(huge_pages)
+        >>> first = ring.take((2, 3), torch.float32)
+        >>> address = first.data_ptr()
+        >>> ring.take((2, 3), torch.float32).data_ptr() == address  # `first` is still there
+        False
+        >>> del first
+        >>> ring.take((1, 3), torch.bfloat16).data_ptr() == address
+        True
+    """
+
+    def __init__(self, allocate: Callable[[int], Bytes]) -> None:
+        self._allocate = allocate
+        self._slots: list[_Slot] = []
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of a free slot, or of a new one; what it holds is not defined."""
+        size = prod(shape) * dtype.itemsize
+        with self._lock:
+            free = [slot for slot in self._slots if slot.is_free()]
+            slot = next((slot for slot in free if len(slot.memory) >= size), None)
+            if slot is None:
+                # Batches have grown, or more tensors are kept: a free slot that is too small makes place.
+                if free:
+                    self._slots.remove(free[0])
+                slot = _Slot(self._allocate(max(size, 1)))
+                self._slots.append(slot)
+            return slot.tensor(size).view(dtype).view(shape)
+
+    def keep(self, tensor: Tensor, is_busy: Callable[[], bool]) -> None:
+        """Do not give the slot of a tensor out again while a copy is reading or writing it.
+
+        Args:
+            tensor: From `take`.
+            is_busy: Whether the copy still runs.
+        """
+        with self._lock:
+            for slot in self._slots:
+                if slot.address == tensor.data_ptr():
+                    slot.is_busy = is_busy
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+
+class _Slot:
+    def __init__(self, memory: Bytes) -> None:
+        self.memory = memory
+        self.address: int = memory.ctypes.data
+        self.is_busy: Callable[[], bool] = _never
+        self._view: weakref.ref[Bytes] | None = None
+
+    def is_free(self) -> bool:
+        return (self._view is None or self._view() is None) and not self.is_busy()
+
+    def tensor(self, size: int) -> Tensor:
+        view = self.memory[:size]  # torch keeps this very array for as long as any tensor of it lives
+        self._view = weakref.ref(view)
+        self.is_busy = _never
+        return torch.from_numpy(view)
+
+
+def _never() -> bool:
+    return False
+
+
+def huge_pages(size: int) -> Bytes:
+    """Memory on 2 MB pages where the system has them: rows of an output lie far apart, each on another small page."""
+    mapped = mmap.mmap(-1, size + 2 * _HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    memory: Bytes = np.frombuffer(mapped, np.uint8)
+    start = -memory.ctypes.data % _HUGE_PAGE
+    return memory[start : start + size]
+
+
+def pinned(size: int) -> Bytes:
+    """Page-locked memory, from and to which a GPU copies on its own."""
+    memory: NDArray[Any] = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
+    return memory

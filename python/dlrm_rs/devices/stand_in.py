@@ -1,0 +1,117 @@
+"""A device that is not there: it takes as long as it is told, and the arithmetic is the CPU's.
+
+For tests and benches of what overlaps with a GPU, on machines that have none. The calling thread computes at once and
+goes on, as one that queues kernels does. The clock of the device runs on its own: a step begins when its rows are there
+and the step before has ended, and ends after `latency`; its gradient then takes its time to the host. Whoever waits for
+it sleeps, and the CPU is free. What the arithmetic takes of the calling thread is a cost, as queuing kernels is one.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlrm_rs.devices.device import Device, Fetched, Sent, Span
+from dlrm_rs.devices.ring import Ring, huge_pages
+
+__all__ = ["StandIn"]
+
+
+class StandIn(Device):
+    """A device of known speed.
+
+    Args:
+        latency: Seconds from having a step's rows to having their gradient.
+        bandwidth: Bytes per second of copies, each way; infinite by default.
+        rest: Seconds of a step that need no rows and delay no gradient: dense optimizer, bottom layers.
+
+    Attributes:
+        busy: Seconds that it has worked.
+
+    Example:
+        >>> import dlrm_rs
+        >>> from dlrm_rs.devices import StandIn
+        >>> table = dlrm_rs.EmbeddingBagConfig("t", 10, 4, ["a"])
+        >>> collection = dlrm_rs.EmbeddingBagCollection([table], output_device=StandIn(latency=0.01))
+        >>> clock = time.perf_counter()
+        >>> pooled = collection.lookup(torch.tensor([1, 2]), torch.tensor([0, 2]))
+        >>> pooled.sum().backward()
+        >>> time.perf_counter() - clock > 0.01
+        True
+    """
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self, latency: float, bandwidth: float = float("inf"), rest: float = 0.0) -> None:
+        self.outputs = Ring(huge_pages)
+        self._memory, self._gradients = Ring(huge_pages), Ring(huge_pages)
+        self._latency, self._bandwidth, self._rest = latency, bandwidth, rest
+        self._there, self._back = (ThreadPoolExecutor(1, f"stand-in-{way}") for way in ("there", "back"))
+        self._free_at = 0.0
+        self.busy = 0.0
+
+    def send(self, rows: Tensor) -> Sent:
+        """Copy in a thread of its own."""
+        copied = self._there.submit(self._copy, rows.detach(), self._memory, time.perf_counter())
+        self.outputs.keep(rows, lambda: not copied.done())
+        return _Sending(self, copied)
+
+    def fetch(self, grad: Tensor, dtype: torch.dtype, sent: Sent) -> Fetched:
+        """Copy in another, when the clock says that the gradient is there."""
+        assert isinstance(sent, _Sending)
+        end = max(sent.begin + self._latency, time.perf_counter())
+        self._free_at = end + self._rest
+        self.busy += self._free_at - sent.begin
+        copied = self._back.submit(self._copy, grad.detach().to(dtype), self._gradients, end)
+        return _Fetching(copied, (sent.begin, end))
+
+    def synchronize(self) -> None:
+        """Sleep until the clock says that the last step has ended."""
+        _sleep_until(self._free_at)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another stand-in of the same speed."""
+        return StandIn, (self._latency, self._bandwidth, self._rest)
+
+    def begin(self, copied: float) -> float:
+        """When a step begins whose rows are there at `copied`."""
+        return max(copied, self._free_at, time.perf_counter())
+
+    def _copy(self, source: Tensor, ring: Ring, begin: float) -> tuple[Tensor, float]:
+        """A copy that begins at `begin`, and when it was done."""
+        _sleep_until(begin)
+        copy = ring.take(tuple(source.shape), source.dtype).copy_(source)
+        _sleep_until(begin + source.nbytes / self._bandwidth)
+        return copy, time.perf_counter()
+
+
+class _Sending:
+    def __init__(self, device: StandIn, copied: Future[tuple[Tensor, float]]) -> None:
+        self._device, self._copied = device, copied
+        self.begin = 0.0
+
+    def tensor(self) -> Tensor:
+        rows, copied = self._copied.result()
+        self.begin = self._device.begin(copied)
+        return rows
+
+
+class _Fetching:
+    def __init__(self, copied: Future[tuple[Tensor, float]], span: Span) -> None:
+        self._copied, self._span = copied, span
+
+    def wait(self) -> Tensor:
+        return self._copied.result()[0]
+
+    def span(self) -> Span:
+        return self._span
+
+
+def _sleep_until(moment: float) -> None:
+    remaining = moment - time.perf_counter()
+    if remaining > 0:
+        time.sleep(remaining)

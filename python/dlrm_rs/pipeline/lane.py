@@ -1,0 +1,212 @@
+"""One collection's way through the pipeline: the calls of the engine for one batch, and the hand-overs to the model.
+
+A `Lane` belongs to a collection, a `Visit` to a lane and a batch. The table thread calls `Visit.prepare`, `lookup` and
+`update`; in the meantime the model, in the user's thread, takes the pooled rows and leaves their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from dlrm_rs._dlrm_rs import Overlap, Prepared
+from dlrm_rs.collection import EmbeddingBagCollection, LookupCall
+from dlrm_rs.devices.device import Fetched, Sent
+from dlrm_rs.keyed_jagged import KeyedJaggedTensor
+from dlrm_rs.row_formats import as_array
+
+__all__ = ["Lane", "Visit"]
+
+
+class Lane:
+    """A collection in a pipeline.
+
+    Args:
+        name: The collection's in the model, for messages.
+        collection: The collection.
+        changed: Called when a gradient has been left.
+        settled: Called before a lookup of other features: returns when no update is outstanding.
+        check_finite: Whether a gradient with an infinity or a NaN is refused.
+
+    Attributes:
+        visit: That of the batch that the user has; None between batches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        collection: EmbeddingBagCollection,
+        changed: Callable[[], None],
+        settled: Callable[[], None],
+        check_finite: bool,
+    ) -> None:
+        self.name = name
+        self.collection = collection
+        self.changed = changed
+        self.check_finite = check_finite
+        self.visit: Visit | None = None
+        self._settled = settled
+
+    def take(self, features: KeyedJaggedTensor) -> Tensor | None:
+        """The pooled rows of the batch's features, `(B, W)`; None for other features, to be looked up now.
+
+        Raises:
+            RuntimeError: The rows of this batch have been taken before, or other features are looked up to be trained.
+        """
+        visit = self.visit
+        if visit is not None and visit.is_of(features):
+            return visit.take()
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.collection._tables.weights()):
+            raise RuntimeError(
+                f"features: expected those of the batch that the pipeline gave, as collection {self.name!r} is in one, "
+                "got others; tell the pipeline what it is called with (features=), or look up under torch.no_grad()"
+            )
+        self._settled()
+        return None
+
+
+class Visit:
+    """A batch in a lane.
+
+    Args:
+        lane: The lane.
+        features: What the model will look up.
+
+    Raises:
+        ValueError: As of the collection's `forward`; weights of ids that want a gradient.
+        TypeError: As of the collection's `forward`.
+    """
+
+    def __init__(self, lane: Lane, features: KeyedJaggedTensor) -> None:
+        self.lane = lane
+        self._features = features
+        self._call: LookupCall = lane.collection._lookup_call(features)
+        weights = self._call.per_sample_weights
+        if weights is not None and weights.requires_grad:
+            raise ValueError(
+                "features.weights(): expected weights of ids that want no gradient, since it needs the rows as they "
+                "were, which a pipeline updates meanwhile; detach them, or train without a pipeline"
+            )
+        self._arrays = self._call.arrays()
+        self._tables = lane.collection._tables
+        self._out: Tensor | None = None
+        self._argmax: Tensor | None = None
+        self._sent: Sent | None = None
+        self._taken = False
+        self._gradient: Fetched | None = None
+        self._group: dict[str, Any] = {}
+
+    def is_of(self, features: KeyedJaggedTensor) -> bool:
+        """Whether these are the features of the batch."""
+        return features is self._features or features.values() is self._features.values()
+
+    # In the table thread.
+
+    def prepare(self) -> None:
+        """Check the ids and sort them by row.
+
+        Raises:
+            IndexError: An id is not a row of its table.
+            ValueError: Offsets or weights that cannot be.
+        """
+        self._weights = self._tables.weights()
+        self._trainable = [weight.requires_grad for weight in self._weights]
+        self._memory = self._tables.memory
+        self._prepared = Prepared(self._memory.handle, *self._arrays, self._trainable)
+        self._out = self._tables.output_device.outputs.take(
+            (self._call.batch_size, self._tables.width), self._tables.output_dtype
+        )
+        if self._tables.pools_by_max:
+            self._argmax = torch.empty(self._out.shape, dtype=torch.int32, device="cpu")
+
+    def overlap(self, following: Visit) -> Overlap:
+        """The overlap of this batch with the next, which is prepared."""
+        return self._prepared.overlap(following._prepared, *following._arrays)
+
+    def lookup(self, overlap: Overlap | None = None, part: str = "") -> None:
+        """Look all bags up, or those on one side of the overlap of the batch before with this."""
+        assert self._out is not None
+        out, argmax = as_array(self._out), None if self._argmax is None else self._argmax.numpy()
+        if overlap is None:
+            self._memory.handle.lookup(*self._arrays, out, argmax)
+        else:
+            overlap.lookup(part, *self._arrays, out, argmax)
+
+    def send(self) -> None:
+        """Start the copy of the pooled rows to the device."""
+        assert self._out is not None
+        self._sent = self._tables.output_device.send(self._out)
+        self._out = None  # whoever has the rows now keeps them
+
+    def wait(self) -> None:
+        """Wait for the gradient, if one has been left.
+
+        Raises:
+            FloatingPointError: It has an infinity or a NaN, and that is to be refused.
+        """
+        if self._gradient is None:
+            return
+        grad = self._gradient.wait()
+        if self.lane.check_finite and not torch.isfinite(grad).all():
+            count = int((~torch.isfinite(grad)).sum())
+            self._gradient = None
+            raise FloatingPointError(
+                f"gradient of the pooled rows of collection {self.lane.name!r}: expected finite numbers, got {count} "
+                "that are infinite or NaN; its tables are as they were before this batch"
+            )
+        if self._memory.overlaps(grad):
+            grad = grad.clone()  # the update would write to what it still has to read
+        self._grad = grad.numpy()
+
+    def update(self, overlap: Overlap | None = None, part: str | None = None) -> None:
+        """Update all rows by the gradient, or those on one side of the overlap of this batch with the next."""
+        if self._gradient is None or True not in self._trainable:
+            return
+        argmax = None if self._argmax is None else self._argmax.numpy()
+        self._prepared.update(argmax, self._grad, self._group, overlap, part)
+        trained = zip(self._weights, self._trainable, strict=True)
+        increment_version([weight for weight, is_trained in trained if is_trained])
+
+    def span(self) -> tuple[float, float] | None:
+        """When the device worked; None if no gradient was left."""
+        return None if self._gradient is None else self._gradient.span()
+
+    # In the user's thread, or that of backward.
+
+    def take(self) -> Tensor:
+        """The pooled rows, `(B, W)`, on the device."""
+        assert self._sent is not None
+        if self._taken:
+            raise RuntimeError(
+                f"features: expected one lookup of every batch, got a second one in collection {self.lane.name!r}; "
+                "a model that looks the same features up twice is to be trained without a pipeline"
+            )
+        rows = self._sent.tensor()
+        if torch.is_grad_enabled() and True in self._trainable:
+            self._taken = True
+            rows = rows.detach().requires_grad_()
+            rows.register_post_accumulate_grad_hook(self._leave)
+        return rows
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the gradient has been left."""
+        return self._gradient is not None
+
+    def _leave(self, rows: Tensor) -> None:
+        assert rows.grad is not None
+        assert self._sent is not None
+        if self._gradient is not None or self.lane.visit is not self:
+            raise RuntimeError(
+                "backward: expected one of every batch, before the next one is asked for: the rows have moved since"
+            )
+        grad, rows.grad = rows.grad, None
+        optimizer = self._tables.optimizer
+        # The learning rate of now: a scheduler may change it before the update runs.
+        self._group = {} if optimizer is None else dict(optimizer.param_groups[0])
+        self._gradient = self._tables.output_device.fetch(grad, torch.float32, self._sent)
+        self.lane.changed()

@@ -1,0 +1,242 @@
+"""`Pipeline`: a training loop whose tables work while the device does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dlrm_rs.collection import EmbeddingBagCollection
+from dlrm_rs.keyed_jagged import KeyedJaggedTensor
+from dlrm_rs.pipeline.run import Run
+from dlrm_rs.pipeline.timeline import Summary, Timeline
+
+__all__ = ["Pipeline"]
+
+
+class Pipeline:
+    """Training steps whose tables are looked up and updated on CPU threads while the device does the dense layers.
+
+    ```
+    device     | dense layers i       | dense layers i + 1   |
+    CPU        | update i - 1, lookup i + 1 | update i, ...
+    ```
+
+    Every `EmbeddingBagCollection` of the model takes part, each with a fused optimizer; other modules run as ever.
+    Two ways to use it, with the same results: iterate over the losses, or over `batches()` with a loop of one's own.
+
+    Updates are "exact" or "stale". Exact: every loss has the bits of the same loop without a pipeline. The rows that
+    batch `i` updates and batch `i + 1` looks up are updated first and looked up last; only these are waited for. Stale:
+    batch `i + 1` is looked up before the update by batch `i`, so rows are one step old; nothing is waited for.
+
+    Inside the loop the last update may still be running. A `state_dict`, and a lookup under `torch.no_grad`, wait for
+    it; before a look at a `weight` itself, call `synchronize`. When the loop ends, however it does, all is done.
+
+    Args:
+        model: The model.
+        dense_optimizer: Steps the dense layers; None for a loop of one's own.
+        loader: Batches, such as a `DataLoader`; iterated over in a thread.
+        loss: `loss(model, batch)` gives the loss to minimize, a scalar. By default the log loss of a model that is
+            called with `batch.dense` and `batch.sparse`, as `DLRM` and `dlrm_rs.data.Batch` are.
+        updates: "exact" or "stale".
+        features: `features(batch)` gives what the collections will be called with: a KeyedJaggedTensor, or a mapping of
+            one for each, by their names in the model. By default the one that is in the batch.
+        prefetch: Batches that are loaded ahead, at least 1.
+        check_finite: End with an error when a gradient has an infinity or a NaN, before it gets into a table.
+        profile: A file for a trace of the last loop, for chrome://tracing or Perfetto.
+
+    Raises:
+        TypeError: `dense_optimizer` is no optimizer.
+        ValueError: There is no collection, one without a fused optimizer, or an option that cannot be.
+
+    Example:
+        >>> import torch, dlrm_rs
+        >>> from dlrm_rs.data import ClickLog
+        >>> log = ClickLog([1000, 50], batch_size=32, num_batches=5)
+        >>> tables = [dlrm_rs.EmbeddingBagConfig(f"t{t}", rows, 8, [f"t{t}"]) for t, rows in enumerate([1000, 50])]
+        >>> embeddings = dlrm_rs.EmbeddingBagCollection(tables, optimizer=dlrm_rs.optim.RowWiseAdagrad(lr=0.01))
+        >>> model = dlrm_rs.DLRM(embeddings, dense_in_features=13, bottom_mlp=[16, 8], top_mlp=[16, 1])
+        >>> dense = [p for name, p in model.named_parameters() if not name.startswith("embeddings.")]
+        >>> optimizer = torch.optim.Adam(dense, lr=0.001)
+        >>> len([loss.item() for loss in dlrm_rs.Pipeline(model, optimizer, log)])
+        5
+
+        A loop of one's own:
+
+        >>> for batch in dlrm_rs.Pipeline(model, None, log).batches():
+        ...     optimizer.zero_grad()
+        ...     logits = model(batch.dense, batch.sparse).squeeze(1)
+        ...     torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels).backward()
+        ...     optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense_optimizer: torch.optim.Optimizer | None,
+        loader: Iterable[Any] | Dataset[Any],
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        *,
+        updates: Literal["exact", "stale"] = "exact",
+        features: Callable[[Any], KeyedJaggedTensor | Mapping[str, KeyedJaggedTensor]] | None = None,
+        prefetch: int = 2,
+        check_finite: bool = False,
+        profile: str | Path | None = None,
+    ) -> None:
+        if updates not in ("exact", "stale"):
+            raise ValueError(f"updates: expected 'exact' or 'stale', got {updates!r}")
+        if prefetch < 1:
+            raise ValueError(f"prefetch: expected at least 1, got {prefetch}")
+        self._collections = _collections(model)
+        _check_dense_optimizer(dense_optimizer, self._collections)
+        self._model, self._optimizer = model, dense_optimizer
+        self._loader = cast(Iterable[Any], loader)  # Python iterates over whatever has items
+        self._loss = click_loss if loss is None else loss
+        self._updates: Literal["exact", "stale"] = updates
+        self._features = find_features if features is None else features
+        self._prefetch, self._check_finite, self._profile = prefetch, check_finite, profile
+        self._run: Run | None = None
+        self._timeline = Timeline(None)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Train, and give the loss of every step.
+
+        Raises:
+            ValueError: There is no `dense_optimizer`.
+            Exception: What failed in a thread, as it was raised there; the note says where.
+        """
+        if self._optimizer is None:
+            raise ValueError("dense_optimizer: expected an optimizer, got None; without one use batches()")
+        with closing(self.batches()) as batches:
+            for batch in batches:
+                self._optimizer.zero_grad()
+                loss = self._loss(self._model, batch)
+                loss.backward()
+                self._optimizer.step()
+                yield loss.detach()
+
+    def batches(self) -> Generator[Any]:
+        """Give every batch with its rows looked up, for a loop that runs the model and its backward.
+
+        A batch without a backward updates nothing.
+
+        Raises:
+            RuntimeError: A loop over this pipeline is running.
+            Exception: What failed in a thread, as it was raised there; the note says where.
+        """
+        if self._run is not None:
+            raise RuntimeError("batches: expected one loop over a pipeline at a time, got a second")
+        self._timeline = Timeline(self._profile)
+        run = self._run = Run(
+            self._collections,
+            self._loader,
+            self._named_features,
+            self._timeline,
+            is_stale=self._updates == "stale",
+            prefetch=self._prefetch,
+            check_finite=self._check_finite,
+        )
+        try:
+            while (step := run.next()) is not None:
+                yield step.batch
+        finally:
+            self._run = None
+            run.close()
+            self._timeline.write()
+
+    def synchronize(self) -> None:
+        """Wait until the tables have the update of every batch whose backward has run."""
+        if self._run is not None:
+            self._run.settle()
+
+    def summary(self) -> Summary:
+        """Where the time of the last loop went, and how much of it was hidden; `print` it."""
+        return self._timeline.summary(self._updates)
+
+    def _named_features(self, batch: Any) -> Mapping[str, KeyedJaggedTensor]:
+        features = self._features(batch)
+        if not isinstance(features, Mapping):
+            return dict.fromkeys(self._collections, features)
+        missing = [name for name in self._collections if name not in features]
+        if missing:
+            raise ValueError(f"features: expected those of {list(self._collections)}, got none of {missing}")
+        return features
+
+
+def click_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The log loss of clicks.
+
+    Args:
+        model: Gives logits `(B, 1)` of dense and sparse features.
+        batch: With `dense` `(B, P)`, `sparse` and `labels` `(B,)`.
+    """
+    device = next((p.device for p in model.parameters() if not p.is_cpu), torch.device("cpu"))
+    logits: Tensor = model(batch.dense.to(device, non_blocking=True), batch.sparse)
+    labels = batch.labels.to(logits.device, non_blocking=True)
+    return nn.functional.binary_cross_entropy_with_logits(logits.squeeze(1), labels)
+
+
+def find_features(batch: Any) -> KeyedJaggedTensor:
+    """The KeyedJaggedTensor of a batch: the batch itself, or the only one in its elements, values or fields.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    if _is_keyed_jagged(batch):
+        found: KeyedJaggedTensor = batch
+        return found
+    if isinstance(batch, Mapping):
+        parts = list(batch.values())
+    elif isinstance(batch, tuple | list):
+        parts = list(batch)
+    elif is_dataclass(batch):
+        parts = [getattr(batch, field.name) for field in fields(batch)]
+    else:
+        parts = list(getattr(batch, "__dict__", {}).values())
+    jagged: list[KeyedJaggedTensor] = [part for part in parts if _is_keyed_jagged(part)]
+    if len(jagged) != 1:
+        raise ValueError(
+            f"features: expected one KeyedJaggedTensor in a batch, got {len(jagged)} in {type(batch).__name__}; say by "
+            "features= what the collections will be called with"
+        )
+    return jagged[0]
+
+
+def _is_keyed_jagged(value: Any) -> bool:
+    # TorchRec's by its name: it need not be installed.
+    return any(base.__name__ == "KeyedJaggedTensor" for base in type(value).__mro__)
+
+
+def _collections(model: nn.Module) -> dict[str, EmbeddingBagCollection]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, EmbeddingBagCollection)}
+    if not found:
+        raise ValueError(
+            "model: expected an EmbeddingBagCollection in it, got none; replace_embeddings makes TorchRec's ours"
+        )
+    for name, collection in found.items():
+        if collection.fused_optimizer is None and any(weight.requires_grad for weight in collection._tables.weights()):
+            raise ValueError(
+                f"model: expected a fused optimizer in collection {name!r}, as one of torch's steps only when backward "
+                "has made gradients of all tables; make it with optimizer=dlrm_rs.optim.RowWiseAdagrad(...) or "
+                "another, or freeze its weights"
+            )
+    return found
+
+
+def _check_dense_optimizer(optimizer: Any, collections: Mapping[str, EmbeddingBagCollection]) -> None:
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"dense_optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    tables = {id(weight) for collection in collections.values() for weight in collection._tables.weights()}
+    if any(id(parameter) in tables for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "dense_optimizer: expected the dense layers' parameters alone, got weights of tables, which their fused "
+            "optimizer updates; leave them out"
+        )
