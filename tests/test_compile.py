@@ -29,6 +29,8 @@ OPTIMIZERS: dict[str, dlrm_rs.optim.OptimizerSpec | None] = {
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.backends.cuda:UserWarning"),
 ]
 
@@ -97,15 +99,16 @@ def assert_trains_alike(model: nn.Module, batches: list[Any], **options: Any) ->
 @pytest.mark.parametrize("optimizer", [None, OPTIMIZERS["rowwise_adagrad"]], ids=["torch", "fused"])
 def test_a_dlrm_trains_and_infers_in_one_graph_each(optimizer: Any, places: list[bool]) -> None:
     model = dlrm(optimizer)
-    compiled = assert_trains_alike(model, [samples(size) for size in (7, 5, 5, 12, 3)], dynamic=True)
-    assert graphs() == 1  # batches and bags of any length
+    sizes = (37, 25, 25, 42, 33)  # for the few elements of smaller ones Inductor has code of its own
+    compiled = assert_trains_alike(model, [samples(size) for size in sizes])
+    assert graphs() == 2  # one for the first batch alone, as torch does, and one for batches and bags of any length
     with torch.no_grad():
-        for size in (6, 9):
+        for size in (36, 29, 40):
             inputs = samples(size)
             assert_close(compiled(*inputs), model(*inputs))
-    assert graphs() == 2
+    assert graphs() == 4
     assert all(places)  # Inductor updates tables where they are
-    assert len(places) == 5 + 2 + 5 * (optimizer is not None)
+    assert len(places) == 5 + 3 + 5 * (optimizer is not None)
 
 
 @pytest.mark.parametrize("pooling", ["sum", "max"])

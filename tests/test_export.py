@@ -17,6 +17,8 @@ from test_compile import FEATURES, dlrm, samples
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning"),
 ]
 
 # Runs saved programs, each on its batch, in a process of its own.

@@ -147,7 +147,7 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
             indices = indices.view(-1)  # (B, bag length) -> (L,)
         elif indices.dim() == 1:
             offsets = self._offsets(offsets)
-            batch_size = offsets.numel() - self.include_last_offset
+            batch_size = offsets.numel() - 1 if self.include_last_offset else offsets.numel()
         else:
             raise ValueError(f"input: expected one or two dimensions, got shape {tuple(indices.shape)}")
         if self.max_norm is not None:

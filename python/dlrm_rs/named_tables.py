@@ -129,9 +129,12 @@ def beside(features: type, name: str) -> Any:  # not cached: torch.compile warns
     Raises:
         TypeError: `features` is no KeyedJaggedTensor.
     """
+    ours = {"KeyedTensor": KeyedTensor, "JaggedTensor": JaggedTensor}[name]
+    if features is KeyedJaggedTensor:
+        return ours
     for base in features.__mro__:
         if base is KeyedJaggedTensor:
-            return {"KeyedTensor": KeyedTensor, "JaggedTensor": JaggedTensor}[name]
+            return ours
         if base.__name__ == "KeyedJaggedTensor":
             return getattr(sys.modules[base.__module__], name)
     raise TypeError(

@@ -231,7 +231,7 @@ class OwnsTable(HoldsWeight, OwnsTables):
     def _check_feature(self, pooling: str) -> None:
         # torch reads these attributes at every call, so a user may change them; the engine got them with the table.
         feature = self._tables.features[0]
-        if feature != (0, pooling, self.padding_idx):
+        if feature.pooling != pooling or feature.padding_idx != self.padding_idx:
             raise ValueError(
                 f"mode, padding_idx: expected {feature.pooling!r} and {feature.padding_idx}, fixed when the module was "
                 f"made, got {pooling!r} and {self.padding_idx}; make a new module with _weight=module.weight"

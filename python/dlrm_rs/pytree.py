@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree
 
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
@@ -36,6 +37,8 @@ def _register(kind: type[Any], named_leaves: Callable[[Any], tuple[_Leaves, Any]
 
     name = f"dlrm_rs.{kind.__name__}"
     _pytree.register_pytree_node(kind, leaves, made_of, serialized_type_name=name, flatten_with_keys_fn=named_leaves)
+    # Some versions of torch flatten what a program is given by this one.
+    fx_pytree.register_pytree_flatten_spec(kind, lambda tree, _: leaves(tree)[0])
 
 
 def _named(**leaves: Any) -> _Leaves:

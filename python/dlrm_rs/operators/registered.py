@@ -65,7 +65,7 @@ def lookup(
         )
     else:
         if sparse and trained and tables.algorithm is None:
-            raise ValueError(
+            torch.ops.dlrm_rs.refuse(
                 "sparse: expected False in a model that torch.compile traces for training, as its graphs hold no "
                 "sparse gradients, got True; a fused optimizer, optimizer=dlrm_rs.optim..., needs no gradient at all"
             )
@@ -90,8 +90,9 @@ def renorm(
 
 
 def _exporting() -> bool:
-    # Before torch 2.7 there is no telling; a saved program then keeps `fused_lookup`, which looks up as well.
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    # Not `torch.compiler.is_exporting()`, of which torch.compile says True as well in some versions. Where there is no
+    # telling, as before torch 2.7, a saved program keeps `fused_lookup`, which looks up as well.
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 _BAGS = "Tensor indices, Tensor? offsets, SymInt batch_size, Tensor? per_sample_weights"
@@ -106,6 +107,16 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable
 def _contiguous(indices: Tensor, offsets: Tensor | None, batch_size: int) -> calls.Bags:
     # A compiled graph may hand over tensors in another layout than those that the module has checked.
     return indices.contiguous(), None if offsets is None else offsets.contiguous(), batch_size
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+# What traced code raises, torch.compile replaces by words of its own before torch 2.12; not what an operator raises.
+torch.library.define("dlrm_rs::refuse", "(str message) -> ()")
+torch.library.impl("dlrm_rs::refuse", "default", _refuse)
+torch.library.register_fake("dlrm_rs::refuse", _refuse)
 
 
 # --- lookup
