@@ -216,7 +216,7 @@ def test_ctrl_c_ends_a_long_call_and_changes_nothing(call: str, dim: int, repeat
         bags = dlrm_rs.EmbeddingBag(2000, {dim}, mode="sum", optimizer=dlrm_rs.optim.Adagrad(lr=0.1))
         ids = torch.arange(2000, dtype=torch.int32).repeat({repeats}).view(1000, -1)
         grad = torch.ones(1000, {dim}).numpy()
-        group = {{"lr": 1.0, "eps": 1.0}}
+        groups = bags.fused_optimizer.begin_step()
         before, out = bags.weight.detach().clone(), bags(ids[:, :1])
 
         def lookup(batch):
@@ -224,7 +224,7 @@ def test_ctrl_c_ends_a_long_call_and_changes_nothing(call: str, dim: int, repeat
 
         def update(batch):
             call = (ids[:batch].view(-1).numpy(), None, batch, None, None, grad[:batch])
-            bags._tables.handle.update(*call, [True], False, group)
+            bags._tables.handle.update(*call, [True], False, 1.0, groups)
 
         started = time.perf_counter()
         lookup(50)

@@ -204,7 +204,7 @@ def patched() -> nn.Module:
             lambda: nn.EmbeddingBag(5, 2),
             {"dtype": "int8", "optimizer": dlrm_rs.optim.SGD(lr=0.1)},
             ValueError,
-            "optimizer: expected tables of fp32 rows, got int8 rows in table",
+            "optimizer: expected tables of fp32, fp16 or bf16 rows, got int8 rows in table",
         ),
         (lambda: nn.EmbeddingBag(5, 2), {"optimizer": "sgd"}, TypeError, "optimizer: expected None or one of"),
     ],

@@ -168,13 +168,21 @@ class TableSet:
     def clear_optimizer(self) -> None:
         """Give the fused optimizer and its state up."""
 
-    def set_optimizer(self, name: str) -> None:
-        """Choose the fused optimizer, `"sgd"`, `"adagrad"` or `"rowwise_adagrad"`, and allocate its zeroed state."""
+    def set_optimizer(self, name: str, split_bf16: bool) -> None:
+        """Choose the fused optimizer, and allocate its zeroed state.
 
-    def optimizer_state(self, table: int) -> dict[str, _F32]:
-        """The state of the fused optimizer: writable views, by torch's names.
+        Args:
+            name: `"sgd"`, `"momentum_sgd"`, `"adagrad"`, `"rowwise_adagrad"`, `"adam"`, `"partial_rowwise_adam"`,
+                `"lamb"`, `"partial_rowwise_lamb"`, `"lars_sgd"`, `"rowwise_rmsprop"` or `"ftrl"`.
+            split_bf16: keep the lower 16 bits of bf16 rows beside them, so that updates are of fp32 numbers; else they
+                are rounded stochastically, as those of fp16 are.
+        """
 
-        `{"sum": (N, D)}` for adagrad, `{"sum": (N,)}` for rowwise_adagrad, `{}` for sgd.
+    def optimizer_state(self, table: int) -> dict[str, _F32 | NDArray[np.int16]]:
+        """The state of the fused optimizer: writable views, `(N, D)` or `(N,)`, by torch's names where torch has it.
+
+        `{"sum": (N, D)}` for adagrad, `{"sum": (N,)}` for rowwise_adagrad, `{}` for sgd; and `"low_bits"`, `(N, D)` int16,
+        where the lower bits of bf16 rows are kept.
         """
 
     def lookup(
@@ -247,7 +255,8 @@ class TableSet:
         grad: _F32,
         trainable: Sequence[bool],
         scale_grad_by_freq: bool,
-        hyperparameters: Mapping[str, Any],
+        factor: float,
+        groups: Sequence[Mapping[str, Any]],
     ) -> None:
         """Sum the gradients of every touched row, then run the fused optimizer once on the row.
 
@@ -260,8 +269,10 @@ class TableSet:
             argmax: what `lookup` wrote; needed when a feature pools by max.
             trainable: `(T,)`; a table whose flag is false stays as it is.
             scale_grad_by_freq: divide the gradient of a row by the number of its occurrences in the call.
-            hyperparameters: a `torch.optim` parameter group; `"lr"` is read (finite, at least 0), and for the Adagrads
-                `"eps"` (above 0, else an element that never had a gradient would become NaN).
+            factor: by what the gradient of a row is multiplied; 1 for nothing.
+            groups: for each table its `torch.optim` parameter group, in which the optimizer's hyperparameters are read
+                by torch's names; `None` is no bound. `"step"` counts updates from 1; with `"seed"` and the place of an
+                element it decides how fp16 and bf16 rows are rounded.
         """
 
     def dense_gradient(
@@ -351,7 +362,8 @@ class Prepared:
         self,
         argmax: NDArray[np.int32] | None,
         grad: _F32,
-        hyperparameters: Mapping[str, Any],
+        factor: float,
+        groups: Sequence[Mapping[str, Any]],
         overlap: Overlap | None = None,
         part: str | None = None,
     ) -> None:
@@ -360,7 +372,8 @@ class Prepared:
         Args:
             argmax: as there.
             grad: as there.
-            hyperparameters: as there.
+            factor: as there.
+            groups: as there.
             overlap: of this call with another.
             part: `"shared"`, the rows that the other call touches too, or `"apart"`, the others.
         """

@@ -213,6 +213,7 @@ class EmbeddingTables:
         # Whether a Parameter is to be trained that comes back after its rows were quantized.
         self._trainable = [weight is None or weight.requires_grad for weight in present]
         self.algorithm = optimizer.algorithm if optimizer else None
+        self._split_bf16 = optimizer is not None and optimizer.split_bf16
         self.key = self._new_key()
         handle = self._new_handle()
         for table, weight in enumerate(present):
@@ -233,7 +234,8 @@ class EmbeddingTables:
                 self._show(table)
         weights = self.weights()
         if optimizer:
-            self.optimizer = FusedOptimizer(optimizer, weights, self._states(self.memory))
+            names = [table.name for table in tables]
+            self.optimizer = FusedOptimizer(optimizer, names, weights, self._states(self.memory))
 
     @classmethod
     def find(cls, key: Tensor) -> EmbeddingTables | None:
@@ -290,7 +292,7 @@ class EmbeddingTables:
         tables = zip(self.tables, self.row_formats, strict=True)
         handle = TableSet([(*table[:3], row_format) for table, row_format in tables], self.features)
         if self.algorithm is not None:
-            handle.set_optimizer(self.algorithm)
+            handle.set_optimizer(self.algorithm, self._split_bf16)
         return handle
 
     def new_memory(self) -> Memory:

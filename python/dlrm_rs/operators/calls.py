@@ -82,8 +82,13 @@ def check_fused(tables: EmbeddingTables) -> FusedOptimizer:
 
 def update(tables: EmbeddingTables, memory: Memory, terms: Terms) -> None:
     """Run the fused optimizer of `tables`, with its hyperparameters of now, on `memory`."""
-    group = check_fused(tables).param_groups[0]
-    memory.handle.update(*terms, group)
+    optimizer = check_fused(tables)
+    groups = optimizer.begin_step()
+    try:
+        memory.handle.update(*terms, 1.0, groups)
+    except BaseException:
+        optimizer.take_back_step()
+        raise
 
 
 def dense_gradient(handle: TableSet, dtypes: Sequence[torch.dtype], terms: Terms) -> list[Tensor | None]:

@@ -98,7 +98,7 @@ class Visit:
         self._sent: Sent | None = None
         self._taken = False
         self._gradient: Fetched | None = None
-        self._group: dict[str, Any] = {}
+        self._groups: list[dict[str, Any]] = []
 
     def is_of(self, features: KeyedJaggedTensor) -> bool:
         """Whether these are the features of the batch."""
@@ -167,7 +167,7 @@ class Visit:
         if self._gradient is None or True not in self._trainable:
             return
         argmax = None if self._argmax is None else self._argmax.numpy()
-        self._prepared.update(argmax, self._grad, self._group, overlap, part)
+        self._prepared.update(argmax, self._grad, 1.0, self._groups, overlap, part)
         trained = zip(self._weights, self._trainable, strict=True)
         increment_version([weight for weight, is_trained in trained if is_trained])
 
@@ -207,6 +207,6 @@ class Visit:
         grad, rows.grad = rows.grad, None
         optimizer = self._tables.optimizer
         # The learning rate of now: a scheduler may change it before the update runs.
-        self._group = {} if optimizer is None else dict(optimizer.param_groups[0])
+        self._groups = [] if optimizer is None else optimizer.begin_step()
         self._gradient = self._tables.output_device.fetch(grad, torch.float32, self._sent)
         self.lane.changed()

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
 use crate::kernels::dot::Dot;
-use crate::kernels::touched::{Rule, Target, Touched};
+use crate::kernels::touched::{PARTS, Row, Rule, Target, Touched};
 use crate::kernels::{LANES, Simd};
 use crate::lookup::{Pooling, first_bad};
 use crate::memory::zeros;
@@ -18,6 +18,7 @@ use crate::pieces::{self, Size};
 use crate::rows::{Rows, with_rows};
 use crate::sources::Sources;
 use crate::table_set::{Slot, TableSet};
+use crate::weights::Weights;
 use crate::{Context, Error, Level, Result};
 
 /// The gradient that comes from the model, and how it is to be used.
@@ -31,6 +32,8 @@ pub struct Gradient<'a> {
     pub trainable: &'a [bool],
     /// Whether the gradient of a row is divided by its occurrences in the call.
     pub scale_by_frequency: bool,
+    /// By what the gradient of a row is multiplied, as when the loss was scaled; 1 for nothing.
+    pub factor: f32,
 }
 
 /// The gradient of a table: its touched rows.
@@ -47,28 +50,41 @@ pub(crate) struct Backward<'a> {
     pub(crate) occurrences: &'a Occurrences,
     pub(crate) sources: Sources<'a>,
     pub(crate) by_frequency: bool,
+    pub(crate) factor: f32,
 }
 
 impl Backward<'_> {
-    /// Applies `rule` once to every touched row of every table that has a target.
-    pub(crate) fn apply<R: Rule>(&self, targets: &[Option<Target>], rule: &R, ctx: &Context) -> Result<()> {
-        apply(self.occurrences, &self.sources, self.by_frequency, targets, rule, ctx)
+    /// Calls `apply` with all touched rows of every table that has a target, some at a time.
+    ///
+    /// It does not stop half-way: [`Context::poll`] is not asked.
+    pub(crate) fn apply(
+        &self,
+        targets: &[Option<Target>],
+        ctx: &Context,
+        apply: impl Fn(usize, Touched, Level) + Sync,
+    ) -> Result<()> {
+        let Self { occurrences, sources, by_frequency, factor } = self;
+        self::apply(occurrences, sources, *by_frequency, *factor, targets, ctx, apply)
     }
 }
 
-/// Applies `rule` once to every row of `occurrences` in every table that has a target.
+/// Calls `apply` with all rows of `occurrences` in every table that has a target, some at a time.
 ///
 /// It does not stop half-way: [`Context::poll`] is not asked.
-pub(crate) fn apply<R: Rule>(
+pub(crate) fn apply(
     occurrences: &Occurrences,
     sources: &Sources,
     by_frequency: bool,
+    factor: f32,
     targets: &[Option<Target>],
-    rule: &R,
     ctx: &Context,
+    apply: impl Fn(usize, Touched, Level) + Sync,
 ) -> Result<()> {
     let size = |(t, target): (usize, &Option<Target>)| {
-        let row = |target: &Target| 2 * target.dim.div_ceil(LANES) + target.state_len.div_ceil(LANES);
+        let row = |target: &Target| {
+            let state: usize = target.state_len.iter().map(|len| len.div_ceil(LANES)).sum();
+            2 * target.dim.div_ceil(LANES) + state
+        };
         let units = target.as_ref().map_or(0, |_| occurrences.of(t).len());
         Size { units, lines: units * target.as_ref().map_or(0, row) }
     };
@@ -76,7 +92,8 @@ pub(crate) fn apply<R: Rule>(
     let level = ctx.level;
     pieces::for_each(&ctx.uninterrupted(), &sizes, |t, units| {
         let target = targets[t].as_ref().expect("others have no units");
-        level.run(Touched { run: occurrences.of(t).rows_in(units), sources, target, by_frequency, rule });
+        let run = occurrences.of(t).rows_in(units);
+        apply(t, Touched { run, sources, target, by_frequency, factor }, level);
     })
 }
 
@@ -103,7 +120,7 @@ impl TableSet {
             .zip(into)
             .map(|(spec, into)| into.as_deref_mut().map(|into| Target::stored(into, spec.dim, None)))
             .collect();
-        backward.apply(&targets, &Store, ctx)
+        backward.apply(&targets, ctx, |_, touched, level| touched.apply(&Store, level))
     }
 
     /// The gradient of every table as its touched rows; `None` for a table that is not trainable.
@@ -134,7 +151,7 @@ impl TableSet {
                 Some(Target::stored(values, spec.dim, Some(rows)))
             })
             .collect();
-        backward.apply(&targets, &Store, ctx)?;
+        backward.apply(&targets, ctx, |_, touched, level| touched.apply(&Store, level))?;
         drop(targets);
         Ok(sparse)
     }
@@ -234,7 +251,8 @@ impl WeightsGradient<'_> {
 impl<'a> Target<'a> {
     /// A target for [`Store`]: all rows of a table, or the `rows` of it.
     fn stored(weights: &'a mut [f32], dim: usize, rows: Option<&'a [i64]>) -> Self {
-        Self { weights: Disjoint::new(weights), state: Disjoint::new(&mut []), dim, state_len: 0, rows }
+        let state = [Disjoint::new(&mut []), Disjoint::new(&mut [])];
+        Self { weights: Weights::Fp32(Disjoint::new(weights)), state, dim, state_len: [0; PARTS], rows }
     }
 }
 
@@ -243,7 +261,7 @@ struct Store;
 
 impl Rule for Store {
     #[inline(always)]
-    fn apply<S: Simd>(&self, _simd: S, weights: &mut [f32], _state: &mut [f32], gradient: &[f32]) {
-        weights.copy_from_slice(gradient);
+    fn apply<S: Simd>(&self, _simd: S, row: Row) {
+        row.weights.copy_from_slice(row.gradient);
     }
 }

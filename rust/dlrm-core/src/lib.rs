@@ -54,6 +54,7 @@ mod table_set;
 pub mod threads;
 mod touch;
 mod update;
+mod weights;
 
 pub use bags::{Bags, Ids, Offsets};
 pub use context::Context;

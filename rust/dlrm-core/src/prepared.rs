@@ -61,6 +61,7 @@ impl Prepared {
             occurrences: &self.occurrences,
             sources: self.routes.sources(gradient.output, argmax.map(bytemuck::cast_slice)),
             by_frequency: gradient.scale_by_frequency,
+            factor: gradient.factor,
         })
     }
 }

@@ -3,7 +3,8 @@
 use crate::bags::Bags;
 use crate::gradient;
 use crate::kernels::Simd;
-use crate::kernels::touched::Rule;
+use crate::kernels::stochastic::Random;
+use crate::kernels::touched::{Row, Rule};
 use crate::occurrences::Occurrences;
 use crate::sources::Sources;
 use crate::table_set::TableSet;
@@ -19,11 +20,11 @@ impl Rule for Renorm {
     const NEEDS_GRADIENT: bool = false;
 
     #[inline(always)]
-    fn apply<S: Simd>(&self, _simd: S, weights: &mut [f32], _state: &mut [f32], _gradient: &[f32]) {
-        let norm = norm(weights, self.norm_type);
+    fn apply<S: Simd>(&self, _simd: S, row: Row) {
+        let norm = norm(row.weights, self.norm_type);
         if norm > self.max_norm {
             let factor = (self.max_norm / (norm + 1e-7)) as f32;
-            for w in weights {
+            for w in row.weights {
                 *w *= factor;
             }
         }
@@ -56,8 +57,11 @@ impl TableSet {
         let rule = Renorm { max_norm, norm_type };
         self.tables.write(|tables| {
             tables.iter().try_for_each(|table| table.check_fp32("max_norm"))?;
-            let targets: Vec<_> = tables.iter_mut().map(|table| Some(table.target())).collect();
-            gradient::apply(&occurrences, &sources, false, &targets, &rule, ctx)
+            let targets: Vec<_> =
+                tables.iter_mut().map(|table| Some(table.target(Random::new(0, 0, 0)))).collect();
+            gradient::apply(&occurrences, &sources, false, 1.0, &targets, ctx, |_, touched, level| {
+                touched.apply(&rule, level);
+            })
         })?
     }
 }

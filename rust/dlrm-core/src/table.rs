@@ -3,11 +3,13 @@
 use std::fmt;
 
 use crate::disjoint::Disjoint;
-use crate::kernels::touched::Target;
+use crate::kernels::stochastic::{Half, HalfRows, Random};
+use crate::kernels::touched::{PARTS, Target};
 use crate::memory::Memory;
 use crate::optimizers::Kind;
 use crate::scales::ScaleFormat;
 use crate::table_rows::{TableRows, pair_bytes};
+use crate::weights::Weights;
 use crate::{Context, Error, Result, RowFormat};
 
 /// What a table is.
@@ -50,7 +52,8 @@ impl TableSpec {
 
     /// Bytes of the state of an optimizer of this kind.
     pub(crate) fn state_bytes(&self, kind: Kind) -> u128 {
-        self.rows as u128 * kind.state_len(self.dim) as u128 * size_of::<f32>() as u128
+        let len: usize = kind.state_lens(self.dim).iter().sum();
+        self.rows as u128 * len as u128 * size_of::<f32>() as u128
     }
 }
 
@@ -77,7 +80,10 @@ pub struct TableMemory {
 pub(crate) struct Table {
     pub(crate) spec: TableSpec,
     pub(crate) rows: TableRows,
-    pub(crate) state: Memory,
+    /// The parts that the optimizer has, the others empty.
+    pub(crate) state: [Memory; PARTS],
+    /// The lower halves of bf16 rows, where an optimizer keeps them; else empty.
+    pub(crate) low: Memory,
 }
 
 impl Table {
@@ -91,32 +97,63 @@ impl Table {
 
     /// These rows and no state.
     pub(crate) fn of_rows(spec: TableSpec, rows: TableRows, ctx: &Context) -> Result<Self> {
-        Ok(Self { spec, rows, state: Self::no_state(ctx)? })
+        let low = Memory::zeroed(0, 0, "no state", ctx)?;
+        Ok(Self { spec, rows, state: Self::no_state(ctx)?, low })
     }
 
     /// What a table has without an optimizer.
-    pub(crate) fn no_state(ctx: &Context) -> Result<Memory> {
-        Memory::zeroed(0, 0, "no state", ctx)
+    pub(crate) fn no_state(ctx: &Context) -> Result<[Memory; PARTS]> {
+        Ok([Memory::zeroed(0, 0, "no state", ctx)?, Memory::zeroed(0, 0, "no state", ctx)?])
     }
 
     /// Zeroed state for an optimizer of this kind.
-    pub(crate) fn new_state(&self, kind: Kind, ctx: &Context) -> Result<Memory> {
+    pub(crate) fn new_state(&self, kind: Kind, ctx: &Context) -> Result<[Memory; PARTS]> {
         let what = format!("{kind} state of table '{}'", self.spec.name);
-        Memory::zeroed(self.spec.rows, kind.state_len(self.spec.dim) * size_of::<f32>(), &what, ctx)
+        let [first, second] = kind.state_lens(self.spec.dim);
+        let zeroed = |len: usize| Memory::zeroed(self.spec.rows, len * size_of::<f32>(), &what, ctx);
+        Ok([zeroed(first)?, zeroed(second)?])
     }
 
-    /// All rows, of fp32, and their state, for an optimizer to change.
-    pub(crate) fn target(&mut self) -> Target<'_> {
-        debug_assert_eq!(self.rows.format, RowFormat::Fp32);
-        let dim = self.spec.dim;
-        let state: &mut [f32] = self.state.as_mut_slice();
+    /// All rows and their state, for a rule to change; `random` decides how halves are rounded.
+    pub(crate) fn target(&mut self, random: Random) -> Target<'_> {
+        let low: &mut [u16] = self.low.as_mut_slice();
+        let half = match self.rows.format {
+            RowFormat::Fp16 => Half::Fp16,
+            _ if low.is_empty() => Half::Bf16,
+            _ => Half::Split,
+        };
+        let (elements, dim) = (&mut self.rows.elements, self.spec.dim);
+        let weights = if self.rows.format == RowFormat::Fp32 {
+            Weights::Fp32(Disjoint::new(elements.as_mut_slice()))
+        } else {
+            let bits = Disjoint::new(elements.as_mut_slice());
+            Weights::Half(HalfRows { half, bits, low: Disjoint::new(low), dim, random })
+        };
+        let rows = self.spec.rows.max(1);
+        let state = self.state.each_mut().map(Memory::as_mut_slice::<f32>);
         Target {
             dim,
-            state_len: state.len() / self.spec.rows.max(1),
-            weights: Disjoint::new(self.rows.elements.as_mut_slice()),
-            state: Disjoint::new(state),
+            state_len: state.each_ref().map(|part| part.len() / rows),
+            weights,
+            state: state.map(Disjoint::new),
             rows: None,
         }
+    }
+
+    /// Zeros for the lower halves of the rows; none unless they are bf16.
+    pub(crate) fn new_low(&self, split: bool, ctx: &Context) -> Result<Memory> {
+        let row_bytes = if split && self.rows.format == RowFormat::Bf16 { 2 * self.spec.dim } else { 0 };
+        let what = format!("the lower bits of table '{}'", self.spec.name);
+        Memory::zeroed(self.spec.rows, row_bytes, &what, ctx)
+    }
+
+    /// Refuses rows that an optimizer cannot change, for what `argument` asks.
+    pub(crate) fn check_trainable(&self, argument: &str) -> Result<()> {
+        if !self.rows.format.is_quantized() {
+            return Ok(());
+        }
+        let got = format!("{} rows in table '{}'", self.rows.format, self.spec.name);
+        Err(Error::argument(argument, "tables of fp32, fp16 or bf16 rows", got))
     }
 
     /// Refuses rows that are not fp32, which alone can be changed in place, for what `argument` asks.
@@ -136,9 +173,11 @@ impl Table {
     pub(crate) fn memory(&self) -> TableMemory {
         const PAGE: usize = 4096;
         let wasted = |bytes: usize| bytes.next_multiple_of(PAGE) - bytes;
-        let (payload, scales, state) =
-            (self.rows.elements.bytes(), self.rows.scales.bytes(), self.state.bytes());
-        let pages = wasted(payload) + wasted(scales) + wasted(state);
+        let (payload, scales) = (self.rows.elements.bytes(), self.rows.scales.bytes());
+        let state = self.state.iter().chain([&self.low]);
+        let of_state: usize = state.clone().map(|part| wasted(part.bytes())).sum();
+        let state = state.map(Memory::bytes).sum();
+        let pages = wasted(payload) + wasted(scales) + of_state;
         TableMemory { payload, scales, state, overhead: pages + size_of::<Self>() + self.spec.name.len() }
     }
 }

@@ -120,7 +120,10 @@ impl TableSet {
     }
 
     /// Chooses the optimizer of [`TableSet::update`], once, and gives every table zeroed state for it.
-    pub fn set_optimizer(&self, kind: Kind, ctx: &Context) -> Result<()> {
+    ///
+    /// With `split`, the lower halves of bf16 rows are kept beside them, so that updates are of fp32 numbers; else they
+    /// are rounded stochastically, as those of fp16 are.
+    pub fn set_optimizer(&self, kind: Kind, split: bool, ctx: &Context) -> Result<()> {
         check_available(
             self.specs.iter().map(|spec| spec.state_bytes(kind)).sum(),
             &format!("{kind} state of {}", describe(&self.specs)),
@@ -130,11 +133,13 @@ impl TableSet {
                 let got = format!("{chosen}, then {kind}");
                 return Err(Error::argument("optimizer", "to be chosen once", got));
             }
-            tables.iter().try_for_each(|table| table.check_fp32("optimizer"))?;
+            tables.iter().try_for_each(|table| table.check_trainable("optimizer"))?;
             let states = tables.iter().map(|table| table.new_state(kind, ctx));
             let states = states.collect::<Result<Vec<_>>>()?;
-            for (table, state) in tables.iter_mut().zip(states) {
-                table.state = state;
+            let lows = tables.iter().map(|table| table.new_low(split, ctx));
+            let lows = lows.collect::<Result<Vec<_>>>()?;
+            for (table, (state, low)) in tables.iter_mut().zip(states.into_iter().zip(lows)) {
+                (table.state, table.low) = (state, low);
             }
             let before = Kind::ALL.iter().take_while(|&&one| one != kind);
             self.optimizer.store(before.count() + 1, Ordering::Relaxed);
@@ -147,6 +152,7 @@ impl TableSet {
         self.tables.write(|tables| {
             for table in tables {
                 table.state = Table::no_state(ctx)?;
+                table.low = table.new_low(false, ctx)?;
             }
             self.optimizer.store(0, Ordering::Relaxed);
             Ok(())
@@ -214,18 +220,26 @@ impl TableSet {
         })
     }
 
-    /// Calls `f` with the optimizer state of a table, `(N, Kind::state_len(D))`, and what keeps it in memory, while no
-    /// other call changes it.
-    pub fn read_state<R>(&self, table: usize, f: impl FnOnce(&[f32], Keeper) -> R) -> Result<R> {
+    /// Calls `f` with a part of the optimizer state of a table, `(N, StatePart::len(D))`, and what keeps it in memory,
+    /// while no other call changes it.
+    pub fn read_state<R>(&self, table: usize, part: usize, f: impl FnOnce(&[f32], Keeper) -> R) -> Result<R> {
         self.tables.read(|tables| {
-            let state = &tables[table].state;
+            let state = &tables[table].state[part];
             f(state.as_slice(), state.keeper())
         })
     }
 
     /// The same to be changed, while no other call has the set.
-    pub fn write_state<R>(&self, table: usize, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
-        self.tables.write(|tables| f(tables[table].state.as_mut_slice()))
+    pub fn write_state<R>(&self, table: usize, part: usize, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        self.tables.write(|tables| f(tables[table].state[part].as_mut_slice()))
+    }
+
+    /// The same of the lower halves of the rows, `(N, D)`, where they are kept; else nothing.
+    pub fn read_low<R>(&self, table: usize, f: impl FnOnce(&[i16], Keeper) -> R) -> Result<R> {
+        self.tables.read(|tables| {
+            let low = &tables[table].low;
+            f(low.as_slice(), low.keeper())
+        })
     }
 
     /// Bytes of every table.

@@ -4,8 +4,9 @@ mod common;
 
 use std::collections::BTreeSet;
 
+use common::formulas::optimizers;
 use common::{Case, any_case, bits, contexts, large_case, noise};
-use dlrm_core::optimizers::{Kind, Optimizer};
+use dlrm_core::optimizers::Kind;
 use dlrm_core::{Context, Feature, Gradient, Output, Part, Pooling, TableSet};
 use proptest::prelude::*;
 
@@ -31,9 +32,8 @@ fn train(case: &Case, kind: Kind, parted: bool, ctx: &Context) -> Trained {
     let second = following(case);
     let (set, arrays) = (case.set(ctx), [case.arrays(), second.arrays()]);
     let calls = [case.call(&arrays[0]), second.call(&arrays[1])];
-    set.set_optimizer(kind, ctx).unwrap();
-    let values = [0.1, 1e-8];
-    let optimizer = Optimizer::new(kind, &values[..kind.hyperparameters().len()]).unwrap();
+    set.set_optimizer(kind, false, ctx).unwrap();
+    let optimizer = optimizers(kind, 1, case.tables.len());
     let len = set.output_len(&calls[0]);
     let trainable: Vec<_> = (0..case.tables.len()).map(|t| t != 1).collect();
     let mut argmax = [vec![-7; len], vec![-7; len]];
@@ -47,6 +47,7 @@ fn train(case: &Case, kind: Kind, parted: bool, ctx: &Context) -> Trained {
         argmax: Some(argmax),
         trainable: &trainable,
         scale_by_frequency: false,
+        factor: 1.0,
     };
     if parted {
         let prepared = [0, 1].map(|k| set.prepare(&calls[k], &trainable, ctx).unwrap());
@@ -72,7 +73,7 @@ fn train(case: &Case, kind: Kind, parted: bool, ctx: &Context) -> Trained {
 }
 
 fn contents(set: &TableSet, tables: usize) -> Vec<Vec<f32>> {
-    let table = |t| [set.write(t, |w| w.to_vec()).unwrap(), set.write_state(t, |s| s.to_vec()).unwrap()];
+    let table = |t| [set.write(t, |w| w.to_vec()).unwrap(), set.write_state(t, 0, |s| s.to_vec()).unwrap()];
     (0..tables).flat_map(table).collect()
 }
 
@@ -94,7 +95,7 @@ proptest! {
     #[test]
     fn any_two_calls_have_the_bits_of_calls_in_turn(
         case in any_case().prop_filter("pooled", Case::pooled),
-        kind in prop::sample::select(&Kind::ALL[..]),
+        kind in prop::sample::select(Kind::ALL),
     ) {
         check(&case, kind);
     }
@@ -169,14 +170,15 @@ fn what_does_not_fit_is_refused() {
     let refused = set.lookup_part(&overlap, Part::Shared, &call, Output::Fp32(&mut [0.0; 3]), None, ctx);
     assert!(message(refused.unwrap_err()).ends_with("elements, got 3"));
 
-    set.set_optimizer(Kind::Sgd, ctx).unwrap();
-    let optimizer = Optimizer::new(Kind::Sgd, &[0.1]).unwrap();
+    set.set_optimizer(Kind::Sgd, false, ctx).unwrap();
+    let optimizer = optimizers(Kind::Sgd, 1, case.tables.len());
     let output = vec![0.0; set.output_len(&call)];
     let gradient = Gradient {
         output: &output,
         argmax: None,
         trainable: &[true, true, false],
         scale_by_frequency: false,
+        factor: 1.0,
     };
     let refused = set.update_prepared(&prepared, None, &gradient, &optimizer, ctx).unwrap_err();
     assert_eq!(message(refused), "trainable: expected the flags that the call was prepared with, got others");

@@ -4,9 +4,12 @@ mod common;
 
 use std::collections::BTreeMap;
 
+use common::formulas::{self, optimizers};
 use common::{Arrays, Case, any_case, assert_close, bits, contexts, large_case, noise};
-use dlrm_core::optimizers::{Kind, Optimizer};
-use dlrm_core::{Context, Error, Gradient, Output, Pooling, SparseRows, TableSet};
+use dlrm_core::optimizers::{Kind, Optimizer, Step};
+use dlrm_core::{
+    Context, Encoding, Error, Gradient, Method, Output, Pooling, RowFormat, SparseRows, TableSet,
+};
 use proptest::prelude::*;
 
 /// What comes from the model: a gradient of the output, and the argmax of a lookup.
@@ -32,6 +35,7 @@ impl FromModel {
             argmax: Some(&self.argmax),
             trainable: &self.trainable,
             scale_by_frequency,
+            factor: 1.0,
         }
     }
 }
@@ -168,79 +172,70 @@ fn a_large_gradient_is_right_and_has_the_same_bits_everywhere() {
     }
 }
 
-const KINDS: [(Kind, &[f64]); 3] =
-    [(Kind::Sgd, &[0.1]), (Kind::Adagrad, &[0.1, 1e-10]), (Kind::RowWiseAdagrad, &[0.1, 1e-8])];
-
 /// Weights and state after `steps` updates with changing gradients.
-fn trained(case: &Case, kind: Kind, values: &[f64], steps: usize, ctx: &Context) -> Vec<Vec<f32>> {
+fn trained(case: &Case, kind: Kind, steps: u64, ctx: &Context) -> Vec<Vec<f32>> {
     let (set, arrays) = (case.set(ctx), case.arrays());
-    set.set_optimizer(kind, ctx).unwrap();
+    set.set_optimizer(kind, false, ctx).unwrap();
     let mut from = from_model(case, &set, &arrays);
-    let optimizer = Optimizer::new(kind, values).unwrap();
-    for step in 0..steps {
+    for step in 1..=steps {
         for (i, g) in from.output.iter_mut().enumerate() {
-            *g = noise(step as u64, i);
+            *g = noise(step, i);
         }
-        set.update(&case.call(&arrays), &from.gradient(false), &optimizer, ctx).unwrap();
+        let optimizers = optimizers(kind, step, case.tables.len());
+        set.update(&case.call(&arrays), &from.gradient(false), &optimizers, ctx).unwrap();
     }
-    (0..case.tables.len())
-        .flat_map(|t| [set.write(t, |w| w.to_vec()).unwrap(), set.write_state(t, |s| s.to_vec()).unwrap()])
-        .collect()
+    (0..case.tables.len()).flat_map(|t| contents(&set, t)).collect()
+}
+
+/// Weights and both parts of the state of a table.
+fn contents(set: &TableSet, table: usize) -> [Vec<f32>; 3] {
+    let state = |part| set.write_state(table, part, |state| state.to_vec()).unwrap();
+    [set.write(table, |w| w.to_vec()).unwrap(), state(0), state(1)]
 }
 
 /// The same in float64, by the formulas.
-fn expected_trained(case: &Case, kind: Kind, values: &[f64], steps: usize) -> Vec<Vec<f64>> {
+fn expected_trained(case: &Case, kind: Kind, steps: u64) -> Vec<Vec<f64>> {
     let arrays = case.arrays();
     let set = case.set(&Context::default());
     let mut from = from_model(case, &set, &arrays);
-    let (lr, eps) = (values[0], values.get(1).copied().unwrap_or_default());
-    let weights = |t: usize, rows, dim| {
-        (0..rows * dim).map(|i| f64::from(case.weight(t, i / dim, i % dim))).collect::<Vec<_>>()
+    let row = |t: usize, row: usize, dim: usize| {
+        let part = |i: usize| kind.state().get(i).map_or(0, |part| part.len(dim));
+        formulas::Row {
+            weights: (0..dim).map(|c| f64::from(case.weight(t, row, c))).collect(),
+            state: [vec![0.0; part(0)], vec![0.0; part(1)]],
+        }
     };
-    let mut tables: Vec<_> = case
-        .tables
-        .iter()
-        .enumerate()
-        .map(|(t, &(rows, dim))| (weights(t, rows, dim), vec![0.0; rows * kind.state_len(dim)]))
-        .collect();
-    for step in 0..steps {
+    let table = |(t, &(rows, dim)): (usize, &(usize, usize))| -> Vec<_> {
+        (0..rows).map(|r| row(t, r, dim)).collect()
+    };
+    let mut tables: Vec<_> = case.tables.iter().enumerate().map(table).collect();
+    for step in 1..=steps {
         for (i, g) in from.output.iter_mut().enumerate() {
-            *g = noise(step as u64, i);
+            *g = noise(step, i);
         }
         for (t, rows) in expected_gradient(case, &arrays, &from, false).into_iter().enumerate() {
-            let (weights, state) = &mut tables[t];
             for (row, gradient) in rows {
-                let dim = gradient.len();
-                let mean = gradient.iter().map(|g| g * g).sum::<f64>() / dim as f64;
-                if kind == Kind::RowWiseAdagrad {
-                    state[row] += mean;
-                }
-                for (c, g) in gradient.iter().enumerate() {
-                    let i = row * dim + c;
-                    weights[i] -= match kind {
-                        Kind::Adagrad => {
-                            state[i] += g * g;
-                            lr * g / (state[i].sqrt() + eps)
-                        }
-                        Kind::RowWiseAdagrad => lr * g / (state[row].sqrt() + eps),
-                        _ => lr * g,
-                    };
-                }
+                tables[t][row].update(kind, &gradient, step);
             }
         }
     }
-    tables.into_iter().flat_map(|(weights, state)| [weights, state]).collect()
+    let parts = |rows: Vec<formulas::Row>| {
+        let weights = rows.iter().flat_map(|row| row.weights.clone()).collect();
+        let state = |part: usize| rows.iter().flat_map(|row| row.state[part].clone()).collect();
+        [weights, state(0), state(1)]
+    };
+    tables.into_iter().flat_map(parts).collect()
 }
 
 #[test]
 fn fifty_fused_steps_follow_the_formulas() {
-    for (kind, values) in KINDS {
+    for &kind in Kind::ALL {
         for pooling in [Pooling::Sum, Pooling::Mean, Pooling::None] {
             let mut case = large_case(pooling);
             case.batch = 20;
             case.bags = (0..80).map(|i| (0..i % 9).map(|k| i64::from(i * k % 3)).collect()).collect();
-            let got = trained(&case, kind, values, 50, &Context::default());
-            for (got, expected) in got.iter().zip(expected_trained(&case, kind, values, 50)) {
+            let got = trained(&case, kind, 50, &Context::default());
+            for (got, expected) in got.iter().zip(expected_trained(&case, kind, 50)) {
                 assert_close(got, &expected, 1e-5);
             }
         }
@@ -248,14 +243,61 @@ fn fifty_fused_steps_follow_the_formulas() {
 }
 
 #[test]
-fn twenty_fused_steps_have_the_same_bits_everywhere() {
-    for (kind, values) in KINDS {
-        let case = large_case(Pooling::Mean);
+fn fused_steps_have_the_same_bits_everywhere() {
+    let case = large_case(Pooling::Mean);
+    for &kind in Kind::ALL {
         let bits_of =
-            |ctx: &Context| trained(&case, kind, values, 20, ctx).iter().map(|x| bits(x)).collect::<Vec<_>>();
+            |ctx: &Context| trained(&case, kind, 3, ctx).iter().map(|x| bits(x)).collect::<Vec<_>>();
         let first = bits_of(&contexts()[0]);
         for ctx in &contexts()[1..] {
             assert!(first == bits_of(ctx), "{kind} at {:?} on {} threads", ctx.level, ctx.threads);
+        }
+    }
+}
+
+#[test]
+fn a_factor_multiplies_the_gradient_of_every_row() {
+    let case = large_case(Pooling::Sum);
+    let ctx = Context::default();
+    let trained = |scale: f32| {
+        let (set, arrays) = (case.set(&ctx), case.arrays());
+        set.set_optimizer(Kind::Adagrad, false, &ctx).unwrap();
+        let mut from = from_model(&case, &set, &arrays);
+        from.output.iter_mut().for_each(|g| *g *= scale);
+        let gradient = Gradient { factor: 1.0 / scale, ..from.gradient(false) };
+        set.update(&case.call(&arrays), &gradient, &optimizers(Kind::Adagrad, 1, 3), &ctx).unwrap();
+        (0..3).flat_map(|t| contents(&set, t)).map(|x| bits(&x)).collect::<Vec<_>>()
+    };
+    assert!(trained(1.0) == trained(1024.0));
+}
+
+/// Rows of half precision after some steps.
+fn trained_halves(case: &Case, format: RowFormat, split: bool, ctx: &Context) -> Vec<Vec<u8>> {
+    let (set, arrays) = (case.set(ctx), case.arrays());
+    let encoding = Encoding { format, method: Method::MinMax, scales: None, zero_not_finite: false };
+    for t in 0..case.tables.len() {
+        let rows = set.encode(t, encoding, ctx).unwrap().rows;
+        set.swap_rows(t, rows).unwrap();
+    }
+    set.set_optimizer(Kind::RowWiseAdagrad, split, ctx).unwrap();
+    let from = from_model(case, &set, &arrays);
+    for step in 1..4 {
+        let optimizers = optimizers(Kind::RowWiseAdagrad, step, case.tables.len());
+        set.update(&case.call(&arrays), &from.gradient(false), &optimizers, ctx).unwrap();
+    }
+    let low = |t| set.read_low(t, |low, _| low.iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap();
+    let rows = |t| set.read_rows(t, |rows| rows.elements().0.to_vec()).unwrap();
+    (0..case.tables.len()).flat_map(|t| [rows(t), low(t)]).collect()
+}
+
+#[test]
+fn halves_have_the_same_bits_everywhere() {
+    let case = large_case(Pooling::Sum);
+    for (format, split) in [(RowFormat::Fp16, false), (RowFormat::Bf16, false), (RowFormat::Bf16, true)] {
+        let first = trained_halves(&case, format, split, &contexts()[0]);
+        assert!(first == trained_halves(&case, format, split, &contexts()[0]), "a second run");
+        for ctx in &contexts()[1..] {
+            assert!(first == trained_halves(&case, format, split, ctx), "{format} at {:?}", ctx.level);
         }
     }
 }
@@ -265,15 +307,11 @@ fn a_refused_update_changes_nothing() {
     let case = large_case(Pooling::Sum);
     let ctx = Context { threads: 3, ..Context::default() };
     let set = case.set(&ctx);
-    set.set_optimizer(Kind::Adagrad, &ctx).unwrap();
+    set.set_optimizer(Kind::Adagrad, false, &ctx).unwrap();
     let mut arrays = case.arrays();
     let from = from_model(&case, &set, &arrays);
-    let optimizer = Optimizer::new(Kind::Adagrad, &[0.1, 1e-10]).unwrap();
-    let all = || {
-        (0..3).map(|t| {
-            (bits(&set.write(t, |w| w.to_vec()).unwrap()), bits(&set.write_state(t, |s| s.to_vec()).unwrap()))
-        })
-    };
+    let optimizer = optimizers(Kind::Adagrad, 1, 3);
+    let all = || (0..3).flat_map(|t| contents(&set, t)).map(|x| bits(&x));
     let before: Vec<_> = all().collect();
     let last = arrays.wide.len() - 1;
     let good = std::mem::replace(&mut arrays.wide[last], 5000);
@@ -283,9 +321,11 @@ fn a_refused_update_changes_nothing() {
 
     let short = Gradient { output: &from.output[1..], ..from.gradient(false) };
     assert!(set.update(&case.call(&arrays), &short, &optimizer, &ctx).is_err());
-    let other = Optimizer::new(Kind::Sgd, &[0.1]).unwrap();
+    let other = optimizers(Kind::Sgd, 1, 3);
     assert!(set.update(&case.call(&arrays), &from.gradient(false), &other, &ctx).is_err());
     let ended = Context { poll: &|| true, ..ctx };
+    let few = set.update(&case.call(&arrays), &from.gradient(false), &optimizer[1..], &ctx);
+    assert!(few.unwrap_err().to_string().starts_with("optimizers: expected one for each of 3 tables"));
     let interrupted = set.update(&case.call(&arrays), &from.gradient(false), &optimizer, &ended);
     assert_eq!(interrupted, Err(Error::Interrupted));
     assert!(before == all().collect::<Vec<_>>());
@@ -299,11 +339,11 @@ fn a_table_that_is_not_trainable_stays() {
     let case = large_case(Pooling::Sum);
     let ctx = Context::default();
     let (set, arrays) = (case.set(&ctx), case.arrays());
-    set.set_optimizer(Kind::Sgd, &ctx).unwrap();
+    set.set_optimizer(Kind::Sgd, false, &ctx).unwrap();
     let mut from = from_model(&case, &set, &arrays);
     from.trainable = vec![true, false, true];
     let before: Vec<_> = (0..3).map(|t| set.write(t, |w| w.to_vec()).unwrap()).collect();
-    let optimizer = Optimizer::new(Kind::Sgd, &[0.1]).unwrap();
+    let optimizer = optimizers(Kind::Sgd, 1, 3);
     set.update(&case.call(&arrays), &from.gradient(false), &optimizer, &ctx).unwrap();
     let same: Vec<_> = (0..3).map(|t| set.write(t, |w| bits(w)).unwrap() == bits(&before[t])).collect();
     assert_eq!(same, [false, true, false]);
@@ -311,16 +351,30 @@ fn a_table_that_is_not_trainable_stays() {
 
 #[test]
 fn hyperparameters_are_checked() {
-    for (values, words) in [
-        (&[-0.1, 1e-8][..], "lr"),
-        (&[0.1, 0.0], "eps"),
-        (&[f64::NAN, 1e-8], "lr"),
-        (&[1.0, 1e-39], "eps: expected a number so large"),
-        (&[0.1], "hyper"),
-    ] {
-        let message = Optimizer::new(Kind::Adagrad, values).unwrap_err().to_string();
+    let check = |kind: Kind, name: &str, value: f64, words: &str| {
+        let place = kind.hyperparameters().iter().position(|&own| own == name).unwrap();
+        let mut values = formulas::values(kind);
+        values[place] = value;
+        let message = Optimizer::new(kind, &values, Step { number: 1, seed: 0 }).unwrap_err().to_string();
         assert!(message.starts_with(words), "{message}");
+    };
+    for (name, value, words) in [
+        ("lr", -0.1, "lr"),
+        ("lr", f64::NAN, "lr"),
+        ("eps", 0.0, "eps"),
+        ("beta1", 1.0, "beta1: expected a number from 0 to below 1"),
+        ("weight_decay", f64::INFINITY, "weight_decay"),
+        ("clip_value", 0.0, "clip_value: expected a number above 0"),
+        ("max_norm", -1.0, "max_norm"),
+        ("decoupled_weight_decay", 0.5, "decoupled_weight_decay: expected 0 or 1"),
+    ] {
+        check(Kind::Adam, name, value, words);
     }
+    check(Kind::Adam, "lr", 3e38, "eps: expected a number so large");
+    check(Kind::Ftrl, "lr", 0.0, "lr: expected a finite number above 0");
+    let step = Step { number: 0, seed: 0 };
+    assert!(Optimizer::new(Kind::Sgd, &formulas::values(Kind::Sgd), step).is_err());
+    assert!(Optimizer::new(Kind::Sgd, &[0.1], Step { number: 1, seed: 0 }).is_err());
 }
 
 #[test]

@@ -1,15 +1,16 @@
 //! Calls made ready before their gradient is there, and the overlap of two of them.
 
 #![expect(clippy::too_many_arguments, reason = "they are Python's: no structure is made for each call")]
+#![expect(clippy::needless_pass_by_value, reason = "a list of Python's comes as a value")]
 
-use dlrm_core::Part;
+use dlrm_core::{Gradient, Part};
 use pyo3::prelude::*;
 use pyo3::types::PyMapping;
 
 use crate::arrays::{BagArrays, OutputArray, output};
 use crate::call::call;
 use crate::error::BindingError;
-use crate::table_set::{GradientArrays, TableSet, fused_optimizer};
+use crate::table_set::{GradientArrays, TableSet, fused_optimizers};
 
 type Any<'a, 'py> = &'a Bound<'py, PyAny>;
 
@@ -56,23 +57,24 @@ impl Prepared {
         Ok(Overlap { set: self.set.clone_ref(py), calls: overlap })
     }
 
-    #[pyo3(signature = (argmax, grad, hyperparameters, overlap=None, part=None))]
+    #[pyo3(signature = (argmax, grad, factor, groups, overlap=None, part=None))]
     fn update(
         &self,
         py: Python<'_>,
         argmax: Option<Any<'_, '_>>,
         grad: Any<'_, '_>,
-        hyperparameters: &Bound<'_, PyMapping>,
+        factor: f32,
+        groups: Vec<Bound<'_, PyMapping>>,
         overlap: Option<&Overlap>,
         part: Option<&str>,
     ) -> PyResult<()> {
         let set = &self.set.get().0;
         let gradient = GradientArrays::new(argmax, grad, self.trainable.clone(), false)?;
-        let gradient = gradient.gradient()?;
-        let optimizer = fused_optimizer(set, hyperparameters)?;
+        let gradient = Gradient { factor, ..gradient.gradient()? };
+        let optimizers = fused_optimizers(set, &groups)?;
         let part = part.map(str::parse::<Part>).transpose().map_err(BindingError)?;
         let part = overlap.zip(part).map(|(overlap, part)| (&overlap.calls, part));
-        call(py, |ctx| set.update_prepared(&self.call, part, &gradient, &optimizer, ctx))
+        call(py, |ctx| set.update_prepared(&self.call, part, &gradient, &optimizers, ctx))
     }
 }
 

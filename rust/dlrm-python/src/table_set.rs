@@ -1,8 +1,9 @@
 //! The handle of a set of tables.
 
 #![expect(clippy::too_many_arguments, reason = "they are Python's: no structure is made for each call")]
+#![expect(clippy::needless_pass_by_value, reason = "a list of Python's comes as a value")]
 
-use dlrm_core::optimizers::{Kind, Optimizer};
+use dlrm_core::optimizers::{Kind, Optimizer, Step};
 use dlrm_core::{Feature, Gradient, Layout, TableSpec};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
@@ -133,19 +134,27 @@ impl TableSet {
         call(py, |ctx| self.0.clear_optimizer(ctx))
     }
 
-    fn set_optimizer(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+    fn set_optimizer(&self, py: Python<'_>, name: &str, split_bf16: bool) -> PyResult<()> {
         let kind = name.parse().map_err(BindingError)?;
-        call(py, |ctx| self.0.set_optimizer(kind, ctx))
+        call(py, |ctx| self.0.set_optimizer(kind, split_bf16, ctx))
     }
 
     fn optimizer_state<'py>(&self, py: Python<'py>, table: usize) -> PyResult<Bound<'py, PyDict>> {
         let spec = self.spec(table)?;
-        let kept = call(py, |_| self.0.read_state(table, |state, keeper| Kept::new((state, keeper))))?;
         let state = PyDict::new(py);
-        match self.0.optimizer() {
-            Some(Kind::Adagrad) => state.set_item("sum", kept.view::<f32, _>(py, [spec.rows, spec.dim])?)?,
-            Some(Kind::RowWiseAdagrad) => state.set_item("sum", kept.view::<f32, _>(py, [spec.rows])?)?,
-            _ => {}
+        let parts = self.0.optimizer().map_or(&[][..], Kind::state);
+        for (i, part) in parts.iter().enumerate() {
+            let kept = call(py, |_| self.0.read_state(table, i, |state, keeper| Kept::new((state, keeper))))?;
+            let view = if part.row_wise {
+                kept.view::<f32, _>(py, [spec.rows])?
+            } else {
+                kept.view::<f32, _>(py, [spec.rows, spec.dim])?
+            };
+            state.set_item(part.name, view)?;
+        }
+        let low = call(py, |_| self.0.read_low(table, |low, keeper| (low.len(), Kept::new((low, keeper)))))?;
+        if low.0 > 0 {
+            state.set_item("low_bits", low.1.view::<i16, _>(py, [spec.rows, spec.dim])?)?;
         }
         Ok(state)
     }
@@ -207,14 +216,15 @@ impl TableSet {
         grad: Any<'_, '_>,
         trainable: Vec<bool>,
         scale_grad_by_freq: bool,
-        hyperparameters: &Bound<'_, PyMapping>,
+        factor: f32,
+        groups: Vec<Bound<'_, PyMapping>>,
     ) -> PyResult<()> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
         let slices = arrays.slices()?;
         let gradient = GradientArrays::new(argmax, grad, trainable, scale_grad_by_freq)?;
-        let gradient = gradient.gradient()?;
-        let optimizer = fused_optimizer(&self.0, hyperparameters)?;
-        call(py, |ctx| self.0.update(&slices.bags(&self.0, batch_size)?, &gradient, &optimizer, ctx))
+        let gradient = Gradient { factor, ..gradient.gradient()? };
+        let optimizers = fused_optimizers(&self.0, &groups)?;
+        call(py, |ctx| self.0.update(&slices.bags(&self.0, batch_size)?, &gradient, &optimizers, ctx))
     }
 
     fn dense_gradient<'py>(
@@ -332,17 +342,6 @@ impl TableSet {
     }
 }
 
-/// The fused optimizer of a set with the numbers of its parameter group.
-pub(crate) fn fused_optimizer(
-    set: &dlrm_core::TableSet,
-    hyperparameters: &Bound<'_, PyMapping>,
-) -> PyResult<Optimizer> {
-    let kind = set.optimizer().ok_or_else(|| PyValueError::new_err("update: call set_optimizer first"))?;
-    let values = kind.hyperparameters().iter().map(|name| hyperparameter(hyperparameters, name));
-    let values = values.collect::<PyResult<Vec<f64>>>()?;
-    Ok(Optimizer::new(kind, &values).map_err(BindingError)?)
-}
-
 fn parsed(features: Vec<PyFeature>) -> PyResult<Vec<Feature>> {
     let feature = |(table, pooling, padding): PyFeature| -> dlrm_core::Result<_> {
         Ok(Feature { table, pooling: pooling.parse()?, padding })
@@ -375,12 +374,44 @@ impl<'py> GradientArrays<'py> {
             argmax: self.argmax.as_ref().map(|a| a.as_slice()).transpose()?,
             trainable: &self.trainable,
             scale_by_frequency: self.scale_by_frequency,
+            factor: 1.0,
         })
     }
 }
 
+/// The fused optimizer of every table with the numbers of its parameter group; tables in a row mostly share one.
+pub(crate) fn fused_optimizers(
+    set: &dlrm_core::TableSet,
+    groups: &[Bound<'_, PyMapping>],
+) -> PyResult<Vec<Optimizer>> {
+    let kind = set.optimizer().ok_or_else(|| PyValueError::new_err("update: call set_optimizer first"))?;
+    let mut made: Vec<Optimizer> = Vec::with_capacity(groups.len());
+    for (t, group) in groups.iter().enumerate() {
+        let optimizer = match made.last() {
+            Some(last) if group.is(&groups[t - 1]) => *last,
+            _ => {
+                let values = kind.hyperparameters().iter().map(|name| hyperparameter(group, name));
+                let values = values.collect::<PyResult<Vec<f64>>>()?;
+                let [number, seed] = ["step", "seed"].map(|name| group.get_item(name)?.extract::<u64>());
+                let step = Step { number: number?, seed: seed? };
+                Optimizer::new(kind, &values, step).map_err(BindingError)?
+            }
+        };
+        made.push(optimizer);
+    }
+    Ok(made)
+}
+
+/// A number of a parameter group; the betas are one pair there, and a bound that is `None` is infinity.
 fn hyperparameter(group: &Bound<'_, PyMapping>, name: &str) -> PyResult<f64> {
-    let value = group.get_item(name);
+    let value = match name {
+        "beta1" => group.get_item("betas").and_then(|betas| betas.get_item(0)),
+        "beta2" => group.get_item("betas").and_then(|betas| betas.get_item(1)),
+        _ => group.get_item(name),
+    };
+    if value.as_ref().is_ok_and(PyAnyMethods::is_none) {
+        return Ok(f64::INFINITY);
+    }
     let number = value.as_ref().ok().and_then(|value| value.extract().ok());
     number.ok_or_else(|| {
         let got = value.map_or("nothing".to_owned(), |value| value.to_string());

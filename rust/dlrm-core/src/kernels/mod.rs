@@ -20,6 +20,7 @@ pub(crate) mod neon;
 pub(crate) mod pool;
 pub(crate) mod scalar;
 mod simd;
+pub(crate) mod stochastic;
 pub(crate) mod sum;
 pub(crate) mod touch;
 pub(crate) mod touched;

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "every test file uses its part")]
 
+pub(crate) mod formulas;
+
 use dlrm_core::{Bags, Context, Feature, Ids, Level, Offsets, Pooling, RowFormat, TableSet, TableSpec};
 use proptest::prelude::*;
 

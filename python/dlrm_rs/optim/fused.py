@@ -1,0 +1,170 @@
+"""`FusedOptimizer`: the optimizer inside a module, in the shape that torch's schedulers and checkpoints know."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_rs.optim.specs import OptimizerSpec
+
+__all__ = ["FusedOptimizer"]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """The optimizer inside a module, in the shape that torch's schedulers and checkpoints know.
+
+    One parameter group over the weights of all the module's tables in their order, or one more for each table of the
+    spec's `table_lr`; `"tables"` tells which tables it has. Hyperparameters are read from the groups at every step, and
+    `"step"` counts these. `state[weight]` holds views of the engine's memory: write to them to change the state, put
+    nothing in their place. A module makes it; there is no need to.
+
+    Args:
+        spec: The optimizer and where it starts.
+        names: Of the tables, `T` of them.
+        weights: The tables' weights.
+        states: The engine's state of each, by torch's names.
+
+    Raises:
+        ValueError: `table_lr` names a table that is not there.
+    """
+
+    # The engine's state; none in a copy that was made without its module, which then holds plain copies.
+    _views: Sequence[Mapping[str, Tensor]] = ()
+
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        names: Sequence[str],
+        weights: Sequence[nn.Parameter],
+        states: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        unknown = [name for name in spec.table_lr if name not in names]
+        if unknown:
+            raise ValueError(f"table_lr: expected names of tables, some of {list(names)}, got {unknown}")
+        self._groups_are_made = False
+        own = [table for table, name in enumerate(names) if name in spec.table_lr]
+        rest = [table for table in range(len(names)) if table not in own]
+        groups = [{"params": [weights[t] for t in rest], "tables": rest}] if rest else []
+        groups += [{"params": [weights[t]], "tables": [t], "lr": float(spec.table_lr[names[t]])} for t in own]
+        # The algorithm goes along into the groups, and so into checkpoints, which another algorithm then refuses.
+        super().__init__(groups, {"algorithm": spec.algorithm, **spec.hyperparameters(), "step": 0})
+        self._groups_are_made = True
+        for state in states:
+            spec.fill_state(state)
+        self._views = states
+        self.state.update({weight: dict(view) for weight, view in zip(weights, states, strict=True)})
+
+    def begin_step(self) -> list[dict[str, Any]]:
+        """Count a step.
+
+        Returns:
+            The parameter group of every table in the tables' order, as it is now.
+        """
+        for group in self.param_groups:
+            group["step"] += 1
+        copies = [dict(group) for group in self.param_groups]
+        of_table = {table: copied for copied in copies for table in copied["tables"]}
+        return [of_table[table] for table in range(len(of_table))]
+
+    def take_back_step(self) -> None:
+        """Count a step less, as the one that was begun could not be taken."""
+        for group in self.param_groups:
+            group["step"] -= 1
+
+    def _weights(self) -> list[nn.Parameter]:
+        """The weights in the tables' order."""
+        of_table = {t: w for group in self.param_groups for t, w in zip(group["tables"], group["params"], strict=True)}
+        return [of_table[table] for table in range(len(of_table))]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Return the closure's loss, and do nothing else: the rows moved in backward.
+
+        Call it all the same, for then a learning-rate scheduler sees the order of calls that it expects.
+        """
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse another group: the tables of a module are trained together.
+
+        Raises:
+            ValueError: Always.
+        """
+        if self._groups_are_made:
+            raise ValueError(
+                "param_group: expected none, as the groups of a fused optimizer are the tables of its module"
+            )
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a checkpoint into the engine's memory.
+
+        Raises:
+            ValueError: It is of another optimizer or of other tables; nothing has changed then.
+        """
+        groups, state = self.param_groups, self.state
+        try:
+            super().load_state_dict(state_dict)
+            for group, present in zip(self.param_groups, groups, strict=True):
+                self._check_group(group, present)
+            self.attach(self._weights(), self._views)
+        except BaseException:
+            self.param_groups, self.state = groups, state
+            raise
+
+    def _check_group(self, loaded: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+        # Other keys are torch's, such as a scheduler's `initial_lr`.
+        needed = [*(key for key in self.defaults if key != "differentiable"), "tables"]  # the one is torch's
+        same = all(loaded.get(key) == present[key] for key in ("algorithm", "tables"))
+        if not same or any(key not in loaded for key in needed):
+            raise ValueError(
+                f"state_dict: expected a parameter group of {present['algorithm']} over tables {present['tables']} "
+                f"with {needed}, got one of {loaded.get('algorithm')} over {loaded.get('tables')} with {list(loaded)}"
+            )
+
+    def attach(self, weights: Sequence[nn.Parameter], views: Sequence[Mapping[str, Tensor]]) -> None:
+        """Make `views` the state, holding what the state holds now.
+
+        Args:
+            weights: The tables' weights, which replace those that the optimizer had.
+            views: The engine's state of each.
+
+        Raises:
+            ValueError: The state has other names or shapes than `views`; nothing has changed then.
+        """
+        states = [self.state.get(weight, {}) for weight in self._weights()]
+        pairs = list(zip(states, views, strict=False))
+        for table, (state, view) in enumerate(pairs):
+            _check_same_shapes(table, state, view)
+        with torch.no_grad():
+            for state, view in pairs:
+                for name, tensor in view.items():
+                    if state[name].data_ptr() != tensor.data_ptr():
+                        tensor.copy_(state[name])
+        # The state has what the parameters need at every moment: Ctrl-C may come between any two of these.
+        attached: dict[Tensor, Any] = {weight: dict(view) for weight, view in zip(weights, views, strict=False)}
+        self.state = defaultdict(dict, {**self.state, **attached})
+        for group in self.param_groups:
+            group["params"] = [weights[table] for table in group["tables"]]
+        if views:
+            self._views = views
+            self.state = defaultdict(dict, attached)
+
+
+def _check_same_shapes(table: int, state: Mapping[str, Any], view: Mapping[str, Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in view.items()}
+    got = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    if got != expected:
+        raise ValueError(f"state_dict: expected the state of table {table} to have shapes {expected}, got {got}")

@@ -1,0 +1,361 @@
+"""The optimizers by their hyperparameters; the formulas are those of the engine's files of the same names."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+__all__ = [
+    "FTRL",
+    "LAMB",
+    "LARSSGD",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "OptimizerSpec",
+    "PartialRowWiseAdam",
+    "PartialRowWiseLAMB",
+    "RowWiseAdagrad",
+    "RowWiseRMSprop",
+]
+
+# Of how a spec is used, not of its formula: not in parameter groups.
+_USES = ("table_lr", "split_bf16", "initial_accumulator_value")
+# Decay by this much leaves less than nothing.
+_BELOW_ONE = ("betas", "momentum", "alpha")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What every spec has.
+
+    Args:
+        lr: Learning rate, at least 0.
+        clip_value: Elements of a row's gradient are clamped to at most this size (`torch.nn.utils.clip_grad_value_`).
+        max_norm: A row that is longer (2-norm) after its update is scaled down to this.
+        table_lr: Learning rates of some tables by name, each then a parameter group; the others have `lr`.
+        split_bf16: Keep the lower 16 bits of bf16 rows beside them, in the optimizer's state: updates are then those of
+            fp32 rows, and lookups read the bfloat16 nearest to each element. Else bf16 rows, and always fp16 rows, are
+            rounded stochastically, unbiased, after every update.
+        seed: Of stochastic rounding, which depends on it, the step, and the place of an element, and on nothing else.
+    """
+
+    # The engine's name of the optimizer.
+    algorithm: ClassVar[str]
+
+    lr: float
+    _: KW_ONLY
+    clip_value: float | None = None
+    max_norm: float | None = None
+    table_lr: Mapping[str, float] = field(default_factory=dict)
+    split_bf16: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = {item.name: getattr(self, item.name) for item in fields(self)}
+        numbers.update({f"table_lr[{name!r}]": lr for name, lr in numbers.pop("table_lr").items()})
+        for name, value in numbers.items():
+            if name in ("split_bf16", "nesterov", "decoupled_weight_decay"):
+                continue
+            for number in value if name == "betas" else (value,):
+                if not (number is None and name in ("clip_value", "max_norm")):
+                    _check_number(name, number)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What a parameter group holds, and the engine reads at every step."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _USES}
+        keep = (bool, int, type(None), tuple)
+        return {
+            name: value if isinstance(value, keep) and name != "lr" else float(value) for name, value in values.items()
+        }
+
+    def fill_state(self, state: Mapping[str, Tensor]) -> None:
+        """Write the value that the state of a new table has."""
+
+    def _check_eps(self) -> None:
+        lr, eps = self.lr, getattr(self, "eps")  # noqa: B009 # of those that have one
+        # An element that never had a gradient moves by lr / eps * 0, which must not be NaN.
+        if not _float32(eps):
+            raise ValueError(f"eps: expected a number above 0 in float32, which the tables are in, got {eps}")
+        if not math.isfinite(_float32(_float32(lr) / _float32(eps))):
+            raise ValueError(
+                f"lr, eps: expected lr / eps to be finite in float32, which the tables are in, got {lr} and {eps}"
+            )
+
+
+@dataclass(frozen=True)
+class _Decayed(OptimizerSpec):
+    """What has weight decay of either kind.
+
+    Args:
+        weight_decay: L2: `g += weight_decay * w` (after clipping).
+        decoupled_weight_decay: Instead `w *= 1 - lr * weight_decay`, as AdamW does.
+    """
+
+    _: KW_ONLY
+    weight_decay: float = 0.0
+    decoupled_weight_decay: bool = False
+
+
+@dataclass(frozen=True)
+class SGD(_Decayed):
+    """Stochastic gradient descent: `w -= lr * g`, on the rows that the batch touched.
+
+    With momentum `b = momentum * b + g; w -= lr * b`, or with Nesterov's `w -= lr * (g + momentum * b)`, as
+    `torch.optim.SGD`.
+
+    Args:
+        lr: Learning rate.
+        momentum: From 0 to below 1; 0 needs no state.
+        nesterov: Whether momentum is Nesterov's.
+
+    Example:
+        >>> import torch, dlrm_rs
+        >>> table = dlrm_rs.EmbeddingBag.from_pretrained(
+        ...     torch.ones(4, 2), freeze=False, mode="sum", optimizer=dlrm_rs.optim.SGD(lr=0.5)
+        ... )
+        >>> table(torch.tensor([[1, 1, 3]])).sum().backward()
+        >>> table.weight.detach()
+        tensor([[1.0000, 1.0000],
+                [0.0000, 0.0000],
+                [1.0000, 1.0000],
+                [0.5000, 0.5000]])
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    @property
+    def algorithm(self) -> str:  # type: ignore[override] # by the momentum
+        """The engine's name of the optimizer."""
+        return "momentum_sgd" if self.momentum else "sgd"
+
+
+@dataclass(frozen=True)
+class Adagrad(_Decayed):
+    """Adagrad: `s += g^2; w -= lr * g / (sqrt(s) + eps)`, as `torch.optim.Adagrad` (Duchi et al. 2011).
+
+    Args:
+        lr: Learning rate.
+        eps: Keeps the quotient finite.
+        initial_accumulator_value: What `s` starts from.
+    """
+
+    algorithm = "adagrad"
+
+    lr: float = 1e-2
+    eps: float = 1e-10
+    initial_accumulator_value: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_eps()
+
+    def fill_state(self, state: Mapping[str, Tensor]) -> None:
+        """Write `initial_accumulator_value`."""
+        if self.initial_accumulator_value:  # the engine's memory is zeroed and untouched: leave it so
+            state["sum"].fill_(self.initial_accumulator_value)
+
+
+@dataclass(frozen=True)
+class RowWiseAdagrad(Adagrad):
+    """Adagrad with one number of state per row: `s += mean(g^2); w -= lr * g / (sqrt(s) + eps)`.
+
+    The default of DLRM, and FBGEMM's `EXACT_ROWWISE_ADAGRAD`.
+
+    Args:
+        lr: Learning rate.
+        eps: Keeps the quotient finite.
+        initial_accumulator_value: What `s` starts from.
+
+    Example:
+        >>> import torch, dlrm_rs
+        >>> spec = dlrm_rs.optim.RowWiseAdagrad(lr=0.1)
+        >>> table = dlrm_rs.EmbeddingBag(3, 2, mode="sum", _weight=torch.zeros(3, 2), optimizer=spec)
+        >>> table(torch.tensor([[1]])).sum().backward()
+        >>> table.fused_optimizer.state[table.weight]["sum"]
+        tensor([0., 1., 0.])
+    """
+
+    algorithm = "rowwise_adagrad"
+
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class Adam(_Decayed):
+    """Adam (Kingma and Ba 2015), lazily as `torch.optim.SparseAdam`: `t` counts steps, and untouched rows stay.
+
+    `m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * g^2;
+    w -= lr * m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)`, with `eps` where `torch.optim.Adam` has it.
+
+    Args:
+        lr: Learning rate.
+        betas: `b1` and `b2`.
+        eps: Keeps the quotient finite.
+
+    Example:
+        >>> import torch, dlrm_rs
+        >>> table = dlrm_rs.EmbeddingBag(3, 1, mode="sum", _weight=torch.zeros(3, 1), optimizer=dlrm_rs.optim.Adam(0.5))
+        >>> table(torch.tensor([[1]])).sum().backward()
+        >>> table.weight.detach().flatten()
+        tensor([ 0.0000, -0.5000,  0.0000])
+    """
+
+    algorithm = "adam"
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_eps()
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), as `torch.optim.AdamW`, lazily."""
+
+    _: KW_ONLY
+    weight_decay: float = 1e-2
+    decoupled_weight_decay: bool = True
+
+
+@dataclass(frozen=True)
+class PartialRowWiseAdam(Adam):
+    """Adam whose second moment is one number per row, of `mean(g^2)`: FBGEMM's `PARTIAL_ROWWISE_ADAM`."""
+
+    algorithm = "partial_rowwise_adam"
+
+
+@dataclass(frozen=True)
+class LAMB(OptimizerSpec):
+    """LAMB (You et al. 2020), with a row for a layer: FBGEMM's `LAMB`.
+
+    With `u` Adam's direction: `u += weight_decay * w; w -= lr * |w| / |u| * u`, 2-norms of the row; the ratio is
+    1 where either is 0.
+
+    Args:
+        lr: Learning rate.
+        betas: As of Adam.
+        eps: As of Adam.
+        weight_decay: In the formula.
+    """
+
+    algorithm = "lamb"
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_eps()
+
+
+@dataclass(frozen=True)
+class PartialRowWiseLAMB(LAMB):
+    """LAMB whose second moment is one number per row, of `mean(g^2)`: FBGEMM's `PARTIAL_ROWWISE_LAMB`."""
+
+    algorithm = "partial_rowwise_lamb"
+
+
+@dataclass(frozen=True)
+class LARSSGD(OptimizerSpec):
+    """LARS (You, Gitman and Ginsburg 2017), with a row for a layer: FBGEMM's `LARS_SGD`.
+
+    `r = eta * |w| / (|g| + weight_decay * |w|)`, 2-norms of the row, 1 where `|w|` or the divisor is 0;
+    `b = momentum * b + lr * r * (g + weight_decay * w); w -= b`.
+
+    Args:
+        lr: Learning rate.
+        momentum: From 0 to below 1.
+        eta: The trust coefficient.
+        weight_decay: In the formula.
+    """
+
+    algorithm = "lars_sgd"
+
+    momentum: float = 0.9
+    eta: float = 1e-3
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class RowWiseRMSprop(_Decayed):
+    """RMSprop with one number of state per row.
+
+    `v = alpha * v + (1 - alpha) * mean(g^2); w -= lr * g / (sqrt(v) + eps)`: `torch.optim.RMSprop` on the mean of a
+    row's squares.
+
+    Args:
+        lr: Learning rate.
+        alpha: By what the mean decays.
+        eps: Keeps the quotient finite.
+    """
+
+    algorithm = "rowwise_rmsprop"
+
+    lr: float = 1e-2
+    alpha: float = 0.99
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_eps()
+
+
+@dataclass(frozen=True)
+class FTRL(OptimizerSpec):
+    """FTRL-Proximal (McMahan et al., "Ad click prediction: a view from the trenches", KDD 2013, algorithm 1).
+
+    `sigma = (sqrt(n + g^2) - sqrt(n)) / lr; z += g - sigma * w; n += g^2`; then `w = 0` where `|z| <= l1`, else
+    `w = -(z - sign(z) * l1) / ((beta + sqrt(n)) / lr + l2)`. An element that never had a gradient keeps what it began
+    with.
+
+    Args:
+        lr: The paper's alpha, above 0.
+        beta: Slows the first steps.
+        l1: Makes weights 0.
+        l2: Makes weights small.
+    """
+
+    algorithm = "ftrl"
+
+    lr: float = 0.1
+    beta: float = 1.0
+    l1: float = 0.0
+    l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _float32(self.lr):
+            raise ValueError(f"lr: expected a number above 0 in float32 for FTRL, which divides by it, got {self.lr}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(_float32(value)) or value < 0:
+        raise ValueError(
+            f"{name}: expected a finite number of at least 0 in float32, which the tables are in, got {value}"
+        )
+    if name in _BELOW_ONE and _float32(value) >= 1:
+        raise ValueError(f"{name}: expected a number from 0 to below 1, got {value}")
+    if name in ("clip_value", "max_norm") and not _float32(value):
+        raise ValueError(f"{name}: expected None or a number above 0, got {value}")
+    if name == "seed" and (not isinstance(value, int) or value >= 2**64):
+        raise ValueError(f"seed: expected an int below 2**64, got {value}")
+
+
+def _float32(number: float) -> float:
+    """The number as the engine gets it; beyond the largest infinity, below the smallest 0."""
+    return ctypes.c_float(number).value
