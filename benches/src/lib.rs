@@ -1,7 +1,8 @@
 //! Tables and ids to time: made once, ids in rotation, so that no call finds the rows of the one before it in a cache.
 
+use dlrm_core::optimizers::{Kind, Optimizer};
 use dlrm_core::{
-    Bags, Context, Feature, Ids, Offsets, Output, Pooling, Result, RowFormat, TableSet, TableSpec,
+    Bags, Context, Feature, Gradient, Ids, Offsets, Output, Pooling, Result, RowFormat, TableSet, TableSpec,
 };
 
 /// Batches of ids in rotation.
@@ -68,7 +69,7 @@ impl Workload {
             (0..sizes.ids()).map(|i| (scramble(k * sizes.ids() + i) % sizes.rows as u64) as i64).collect()
         };
         let batches = (0..BATCHES).map(batch).collect();
-        let out = vec![0.0; sizes.batch * sizes.tables * sizes.dim];
+        let out = vec![1e-3; sizes.batch * sizes.tables * sizes.dim];
         Self { sizes, set, batches, next: 0, out }
     }
 
@@ -78,6 +79,27 @@ impl Workload {
         let Sizes { tables, batch, .. } = self.sizes;
         let bags = Bags::new(Ids::I64(&self.batches[self.next]), Offsets::Even, tables, batch, None)?;
         self.set.lookup(&bags, Output::Fp32(&mut self.out), None, ctx)
+    }
+
+    /// Gives the tables an optimizer, for [`Workload::update`].
+    pub fn set_optimizer(&self, kind: Kind, ctx: &Context) -> Result<()> {
+        self.set.set_optimizer(kind, false, ctx)
+    }
+
+    /// Updates the rows of the next batch, from a gradient of what was looked up last.
+    pub fn update(&mut self, optimizer: &Optimizer, ctx: &Context) -> Result<()> {
+        self.next = (self.next + 1) % BATCHES;
+        let Sizes { tables, batch, .. } = self.sizes;
+        let bags = Bags::new(Ids::I64(&self.batches[self.next]), Offsets::Even, tables, batch, None)?;
+        let trainable = vec![true; tables];
+        let gradient = Gradient {
+            output: &self.out,
+            argmax: None,
+            trainable: &trainable,
+            scale_by_frequency: false,
+            factor: 1.0,
+        };
+        self.set.update(&bags, &gradient, &vec![*optimizer; tables], ctx)
     }
 
     /// Touches the rows of the next batch: what [`Workload::lookup`] cannot be faster than.

@@ -1,0 +1,53 @@
+//! Backward and update on all threads: the shapes and optimizers of the comparison.
+
+use std::fmt;
+
+use divan::Bencher;
+use divan::counter::BytesCount;
+use dlrm_benches::{Sizes, Workload};
+use dlrm_core::optimizers::{Kind, Optimizer, Step};
+use dlrm_core::{Context, RowFormat, threads};
+
+const SINGLE: Sizes =
+    Sizes { tables: 26, rows: 1 << 20, dim: 64, format: RowFormat::Fp32, ids_per_bag: 1, batch: 2048 };
+const MULTI: Sizes =
+    Sizes { tables: 8, rows: 1 << 20, dim: 128, format: RowFormat::Fp32, ids_per_bag: 40, batch: 512 };
+
+fn main() {
+    divan::main();
+}
+
+struct Case {
+    name: &'static str,
+    sizes: Sizes,
+    kind: Kind,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.kind)
+    }
+}
+
+fn cases() -> impl Iterator<Item = Case> {
+    let shapes = [("SINGLE", SINGLE), ("MULTI", MULTI)];
+    shapes.into_iter().flat_map(|(name, sizes)| Kind::ALL.iter().map(move |&kind| Case { name, sizes, kind }))
+}
+
+#[divan::bench(args = cases(), max_time = 2)]
+fn update(bencher: Bencher, case: &Case) {
+    let context = Context { threads: threads::get().expect("a number of threads"), ..Context::default() };
+    let mut workload = Workload::new(case.sizes);
+    workload.set_optimizer(case.kind, &context).expect("memory for the state");
+    let value = |name: &&str| match *name {
+        "clip_value" | "max_norm" => f64::INFINITY,
+        "nesterov" | "weight_decay" | "decoupled_weight_decay" => 0.0,
+        _ => 1e-4,
+    };
+    let values: Vec<_> = case.kind.hyperparameters().iter().map(value).collect();
+    let optimizer =
+        Optimizer::new(case.kind, &values, Step { number: 1, seed: 0 }).expect("values that can be");
+    bencher
+        .counter(BytesCount::new(case.sizes.bytes()))
+        .bench_local(|| workload.update(&optimizer, &context));
+}
