@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,3 +258,13 @@ def test_collections_that_are_built_already_are_refused() -> None:
     )
     with pytest.raises(TypeError, match="FusedEmbeddingBagCollection at '0'; replace the embeddings before"):
         dlrm_rs.replace_embeddings(model)
+
+
+def test_a_dlrm_checkpoint_loads_as_our_model(tmp_path: Path) -> None:
+    theirs = models.DLRMTrain(dlrm("DLRM"))
+    torch.save(theirs.state_dict(), tmp_path / "dlrm.pt")
+    tables = theirs.model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
+    ours, _ = dlrm_rs.load_dlrm_checkpoint(tmp_path / "dlrm.pt", tables=tables)
+    for keys in (["f1", "f3", "f2", "f4"], ["f4", "f1", "f2", "f3"]):
+        dense, sparse = dense_and_sparse(keys)
+        assert_close(ours(dense, sparse), theirs.model(dense, sparse))

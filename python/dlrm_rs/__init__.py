@@ -12,6 +12,7 @@ or many tables in one call, trained inside backward:
 
 from dlrm_rs import optim, pytree
 from dlrm_rs._dlrm_rs import __version__, get_num_threads, info, set_num_threads
+from dlrm_rs.checkpoints import DLRMCheckpoint, load_dlrm_checkpoint
 from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.embedding import Embedding
 from dlrm_rs.embedding_bag import EmbeddingBag
@@ -32,6 +33,7 @@ pytree.register()
 __all__ = [
     "DLRM",
     "Budget",
+    "DLRMCheckpoint",
     "DLRMLoss",
     "Embedding",
     "EmbeddingBag",
@@ -51,6 +53,7 @@ __all__ = [
     "dequantize",
     "get_num_threads",
     "info",
+    "load_dlrm_checkpoint",
     "md_solver",
     "optim",
     "quantize",
