@@ -17,7 +17,7 @@ SOURCES := $(shell find rust python -name '*.rs' -o -name '*.py' -o -name '*.pyi
 TORCH_VERSIONS ?= 2.6.0 newest
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel demo bench bench-rust bench-python test test-rust test-python test-torch test-fbgemm test-torchrec test-neon lint format clean
+.PHONY: help wheel demo bench bench-rust bench-python test test-rust test-python test-torch test-fbgemm test-torchrec test-gpu test-neon lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -56,6 +56,10 @@ test-torchrec: $(BENCH_VENV)/.installed ## Replace TorchRec's collections and mo
 	$(BENCH_VENV)/bin/pip install --quiet --group test $(TORCHREC_NEEDS)
 	$(BENCH_VENV)/bin/pip install --quiet --no-deps $(TORCHREC)
 	$(BENCH_VENV)/bin/python -m pytest tests/test_torchrec.py
+
+test-gpu: $(VENV)/.installed ## Run the tests that need a GPU, and the bench of the pipeline on small tables
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benches/hybrid.py --quick
 
 test-neon: ## Run the engine's tests for aarch64 under emulation (installs Debian packages; needs root)
 	rust/test_neon.sh

@@ -18,7 +18,7 @@ import dlrm_rs
 from dlrm_rs import Pipeline
 from dlrm_rs.data import Batch, ClickLog
 from dlrm_rs.devices import Device, StandIn
-from dlrm_rs.optim import SGD, Adagrad, OptimizerSpec, RowWiseAdagrad
+from dlrm_rs.optim import SGD, Adagrad, Adam, OptimizerSpec, RowWiseAdagrad
 from dlrm_rs.pipeline.pipeline import click_loss
 
 ROWS = [3000, 40, 3, 800]
@@ -51,11 +51,12 @@ def click_model(
     optimizer: OptimizerSpec | None = RowWiseAdagrad(lr=0.05),  # noqa: B008
     output_dtype: torch.dtype = torch.float32,
     device: Device | None = None,
+    data_type: str = "fp32",
 ) -> dlrm_rs.DLRM:
     """The same weights every time."""
     torch.manual_seed(1)
     tables = [
-        dlrm_rs.EmbeddingBagConfig(f"t{t}", rows, DIM, [f"t{t}"], pooling)
+        dlrm_rs.EmbeddingBagConfig(f"t{t}", rows, DIM, [f"t{t}"], pooling, data_type)
         for t, (rows, pooling) in enumerate(zip(ROWS, POOLINGS, strict=True))
     ]
     embeddings = dlrm_rs.EmbeddingBagCollection(
@@ -131,17 +132,23 @@ def stale_losses(model: dlrm_rs.DLRM, log: list[Batch]) -> list[float]:
     return losses
 
 
-OPTIMIZERS = [SGD(lr=0.1), RowWiseAdagrad(lr=0.05), Adagrad(lr=0.05)]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda spec: spec.algorithm)
-@pytest.mark.parametrize("output_dtype", [torch.float32, torch.bfloat16])
-def test_exact_updates_give_the_bits_of_the_plain_loop(optimizer: OptimizerSpec, output_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("optimizer", [RowWiseAdagrad(lr=0.05), Adam(lr=0.01)], ids=lambda spec: spec.algorithm)
+@pytest.mark.parametrize("data_type", ["fp32", "fp16", "bf16"])
+def test_exact_updates_give_the_bits_of_the_plain_loop(optimizer: OptimizerSpec, data_type: str) -> None:
     log = click_log(200)
-    plain, model = click_model(optimizer, output_dtype), click_model(optimizer, output_dtype)
+    plain, model = click_model(optimizer, data_type=data_type), click_model(optimizer, data_type=data_type)
     expected = plain_losses(plain, log)
     assert len(set(expected)) == 200
     assert pipelined(model, log) == expected
+    assert_same_state(model, plain)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.1), Adagrad(lr=0.05)], ids=lambda spec: spec.algorithm)
+@pytest.mark.parametrize("output_dtype", [torch.float16, torch.bfloat16])
+def test_other_optimizers_and_outputs_of_half_precision(optimizer: OptimizerSpec, output_dtype: torch.dtype) -> None:
+    log = click_log(60)
+    plain, model = click_model(optimizer, output_dtype), click_model(optimizer, output_dtype)
+    assert pipelined(model, log) == plain_losses(plain, log)
     assert_same_state(model, plain)
 
 
@@ -153,6 +160,23 @@ def test_a_stand_in_gives_the_same_bits(updates: Updates) -> None:
     assert pipelined(model, log, updates=updates) == pipelined(other, log, updates=updates)
     assert_same_state(model, other)
     assert device.busy > 60 * 0.002
+
+
+@pytest.mark.parametrize("updates", ["exact", "stale", "plain"])
+@pytest.mark.parametrize("copies", [True, False])
+def test_after_some_steps_no_memory_is_allocated_for_rows_and_gradients(updates: Any, copies: bool) -> None:
+    device = StandIn(latency=0.0005, copies=copies)
+    model, log = click_model(device=device), click_log(40)
+
+    def slots() -> list[int]:
+        if updates == "plain":
+            plain_losses(model, log)
+        else:
+            pipelined(model, log, updates=updates)
+        return [len(device.outputs), len(device._memory), len(device._gradients)]
+
+    assert max(slots()) <= 6
+    assert max(slots()) <= 6
 
 
 def test_a_stand_in_gives_the_bits_of_the_cpu_in_a_plain_loop() -> None:
@@ -372,7 +396,16 @@ def test_an_infinite_gradient_that_is_refused_gets_into_no_table(updates: Update
     losses.close()
     got, expected = state(model), state(other)
     assert all(torch.equal(got[name], expected[name]) for name in expected if "embedding_bags" in name)
+    assert steps(model) == 4
     assert threads() == []
+
+
+def steps(model: dlrm_rs.DLRM) -> int:
+    """Those that the tables' optimizer has counted."""
+    assert isinstance(model.embeddings, dlrm_rs.EmbeddingBagCollection)
+    assert model.embeddings.fused_optimizer is not None
+    count: int = model.embeddings.fused_optimizer.param_groups[0]["step"]
+    return count
 
 
 @pytest.mark.parametrize("where", ["loss", "body", "wait"])
@@ -555,3 +588,21 @@ def test_a_stale_summary_says_so() -> None:
     pipeline = Pipeline(model, dense_adam(model), click_log(3), updates="stale")
     list(pipeline)
     assert "every lookup misses the last update" in str(pipeline.summary())
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match="output_device: expected 'cpu' or 'cuda', got 'meta'"):
+        click_model(device="meta")  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="expected a device of this machine, got 'cuda', and no GPU"):
+            click_model(device="cuda")  # type: ignore[arg-type]
+
+
+def test_a_model_with_an_output_device_is_copied_and_pickled(tmp_path: Path) -> None:
+    model = click_model(device=StandIn(latency=0.0))
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    log = click_log(5)
+    copied = copy.deepcopy(model)
+    expected = plain_losses(model, log)
+    assert pipelined(copied, log) == pipelined(loaded, log) == expected

@@ -23,6 +23,7 @@ from dlrm_rs.losses import DLRMLoss
 from dlrm_rs.lr_policy import LRPolicyScheduler
 from dlrm_rs.model import DLRM
 from dlrm_rs.pipeline import Pipeline
+from dlrm_rs.placement import plan
 from dlrm_rs.quantization import Budget, QuantizationReport, dequantize, quantize
 from dlrm_rs.replace import replace_embeddings
 from dlrm_rs.table_configs import EmbeddingBagConfig, EmbeddingConfig
@@ -56,6 +57,7 @@ __all__ = [
     "load_dlrm_checkpoint",
     "md_solver",
     "optim",
+    "plan",
     "quantize",
     "replace_embeddings",
     "set_num_threads",

@@ -28,6 +28,7 @@ class StandIn(Device):
         latency: Seconds from having a step's rows to having their gradient.
         bandwidth: Bytes per second of copies, each way; infinite by default.
         rest: Seconds of a step that need no rows and delay no gradient: dense optimizer, bottom layers.
+        copies: Whether data moves, which the CPU then does. Without, a copy only takes its time, as that of a GPU.
 
     Attributes:
         busy: Seconds that it has worked.
@@ -46,10 +47,10 @@ class StandIn(Device):
 
     torch_device = torch.device("cpu")
 
-    def __init__(self, latency: float, bandwidth: float = float("inf"), rest: float = 0.0) -> None:
+    def __init__(self, latency: float, bandwidth: float = float("inf"), rest: float = 0.0, copies: bool = True) -> None:
         self.outputs = Ring(huge_pages)
         self._memory, self._gradients = Ring(huge_pages), Ring(huge_pages)
-        self._latency, self._bandwidth, self._rest = latency, bandwidth, rest
+        self._latency, self._bandwidth, self._rest, self._copies = latency, bandwidth, rest, copies
         self._there, self._back = (ThreadPoolExecutor(1, f"stand-in-{way}") for way in ("there", "back"))
         self._free_at = 0.0
         self.busy = 0.0
@@ -57,7 +58,8 @@ class StandIn(Device):
     def send(self, rows: Tensor) -> Sent:
         """Copy in a thread of its own."""
         copied = self._there.submit(self._copy, rows.detach(), self._memory, time.perf_counter())
-        self.outputs.keep(rows, lambda: not copied.done())
+        if self._copies:  # else the rows are in use for as long as they are there
+            self.outputs.keep(rows, lambda: not copied.done())
         return _Sending(self, copied)
 
     def fetch(self, grad: Tensor, dtype: torch.dtype, sent: Sent) -> Fetched:
@@ -75,7 +77,7 @@ class StandIn(Device):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another stand-in of the same speed."""
-        return StandIn, (self._latency, self._bandwidth, self._rest)
+        return StandIn, (self._latency, self._bandwidth, self._rest, self._copies)
 
     def begin(self, copied: float) -> float:
         """When a step begins whose rows are there at `copied`."""
@@ -84,7 +86,7 @@ class StandIn(Device):
     def _copy(self, source: Tensor, ring: Ring, begin: float) -> tuple[Tensor, float]:
         """A copy that begins at `begin`, and when it was done."""
         _sleep_until(begin)
-        copy = ring.take(tuple(source.shape), source.dtype).copy_(source)
+        copy = ring.take(tuple(source.shape), source.dtype).copy_(source) if self._copies else source
         _sleep_until(begin + source.nbytes / self._bandwidth)
         return copy, time.perf_counter()
 

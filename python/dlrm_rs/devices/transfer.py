@@ -29,7 +29,8 @@ class _ToDevice(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, device: Device) -> Tensor:
         sent = device.send(rows.detach())
         ctx.device, ctx.sent = device, sent
-        return sent.tensor()
+        # Not the tensor that `sent` has: graph and tensor would keep each other until Python's collector comes.
+        return sent.tensor().detach()
 
     @staticmethod
     @once_differentiable

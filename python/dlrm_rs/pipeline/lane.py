@@ -153,7 +153,6 @@ class Visit:
         grad = self._gradient.wait()
         if self.lane.check_finite and not torch.isfinite(grad).all():
             count = int((~torch.isfinite(grad)).sum())
-            self._gradient = None
             raise FloatingPointError(
                 f"gradient of the pooled rows of collection {self.lane.name!r}: expected finite numbers, got {count} "
                 "that are infinite or NaN; its tables are as they were before this batch"
@@ -170,6 +169,13 @@ class Visit:
         self._prepared.update(argmax, self._grad, 1.0, self._groups, overlap, part)
         trained = zip(self._weights, self._trainable, strict=True)
         increment_version([weight for weight, is_trained in trained if is_trained])
+
+    def drop(self) -> None:
+        """Give up the update by a gradient that has been left."""
+        if self._gradient is not None:
+            self._gradient = None
+            if self._tables.optimizer is not None:
+                self._tables.optimizer.take_back_step()
 
     def span(self) -> tuple[float, float] | None:
         """When the device worked; None if no gradient was left."""

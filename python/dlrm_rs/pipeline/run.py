@@ -166,6 +166,7 @@ class Run:
             self._is_closing = True
             self._seal()
         self._tables.join()
+        self._drop(self._before)  # its gradient came after a failure
         for hook in self._hooks:
             hook.remove()
         for lane in self._lanes:
@@ -235,6 +236,7 @@ class Run:
         except _EndedError:
             with suppress(_EndedError):  # the first failure is kept
                 self._finish(before)
+            self._drop(before)
         finally:
             with self._changed:
                 self._has_ended = True
@@ -310,7 +312,7 @@ class Run:
             for visit in step.visits:
                 visit.wait()
         except BaseException as error:
-            step.is_done = True  # as far as it can be
+            self._drop(step)
             self._fail(step.number, error, "gradient")
             raise _EndedError from None
         step.has_gradient = True
@@ -338,6 +340,14 @@ class Run:
         with self._changed:
             step.is_done = True
             self._changed.notify_all()
+
+    @staticmethod
+    def _drop(step: Step | None) -> None:
+        """Leave out an update that cannot be."""
+        if step is not None and not step.is_done:
+            for visit in step.visits:
+                visit.drop()
+            step.is_done = True
 
     @contextmanager
     def _stage(self, stage: str, step: Step) -> Iterator[None]:

@@ -1,0 +1,357 @@
+"""Tables on the CPU, dense layers on a GPU: what of the two runs beside the other, and against what else one would use.
+
+    python benches/hybrid.py                # on a machine with a GPU
+    python benches/hybrid.py --stand-in     # without: a device that takes as long as it is told
+    python benches/hybrid.py --quick        # small tables, a minute
+
+Sides, all with SGD on the tables, on the same batches in turn:
+
+    a  nn.EmbeddingBag on the CPU, sparse gradients, plain loop
+    b  dlrm_rs, plain loop
+    c  dlrm_rs in a Pipeline, exact and stale
+    d  nn.EmbeddingBag on the GPU: the ceiling, if the tables fit
+    e  nn.EmbeddingBag by the GPU on page-locked memory of the host, which it reads and writes over the bus
+
+Of every side: samples per second, and how much of the time the device is idle, by the time that the dense layers take
+alone. `hidden` is what the pipeline saves of the plain loop (b), as a share of the shorter of CPU and device time.
+
+On a stand-in the dense layers are one linear layer, so that their arithmetic, which the CPU then does, is small beside
+the tables'; d and e need a GPU. The device takes 0.5, 1 and 2 times what the CPU does, or `--latency`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dlrm_rs
+from dlrm_rs.data import SHAPES, Batch, ClickLog
+from dlrm_rs.devices import Device, StandIn, output_device
+from dlrm_rs.machine import describe_machine
+from dlrm_rs.pipeline.pipeline import click_loss
+
+LR = 0.01
+WARM_UP = 12
+# Batches in rotation: their rows leave the caches before a batch comes again.
+BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tables and batches.
+
+    Attributes:
+        shape: One of `SHAPES`.
+        rows: `N` of every table.
+        batch_size: `B`.
+        zipf: Exponent of the ids' frequencies.
+        steps: Timed steps.
+    """
+
+    shape: str
+    rows: tuple[int, ...]
+    batch_size: int
+    zipf: float
+    steps: int
+
+    @property
+    def dim(self) -> int:
+        """`D`."""
+        return SHAPES[self.shape].embedding_dim
+
+    def batches(self) -> list[Batch]:
+        """Those in rotation."""
+        log = ClickLog(self.rows, self.batch_size, BATCHES, SHAPES[self.shape].ids_per_bag, zipf=self.zipf)
+        return [log[k] for k in range(BATCHES)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a side took.
+
+    Attributes:
+        side: Its letter and name.
+        step: Seconds per step, the median of the repeats.
+        spread: The slowest repeat's less the fastest's.
+        samples: Per second.
+        idle: Share of the time in which the device has nothing to do.
+        hidden: Share of the shorter of CPU and device time; None where nothing overlaps.
+    """
+
+    side: str
+    step: float
+    spread: float
+    samples: float
+    idle: float
+    hidden: float | None = None
+
+
+class LinearHead(nn.Module):
+    """Embeddings and one linear layer: hardly any arithmetic."""
+
+    def __init__(self, embeddings: nn.Module, width: int) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.top = nn.Linear(width, 1)
+
+    def forward(self, dense: Tensor, sparse: Any) -> Tensor:
+        """Logits, `(B, 1)`."""
+        logits: Tensor = self.top(self.embeddings(sparse).values())
+        return logits
+
+
+class TorchBags(nn.Module):
+    """One `nn.EmbeddingBag` per table, as an `EmbeddingBagCollection`.
+
+    Args:
+        case: Tables.
+        device: Where they are.
+        over_the_bus: Whether they stay in page-locked memory of the host, under the GPU's addresses.
+    """
+
+    def __init__(self, case: Case, device: torch.device, over_the_bus: bool = False) -> None:
+        super().__init__()
+        self._dim = case.dim
+        self.bags = nn.ModuleList()
+        for rows in case.rows:
+            weight = torch.empty(rows, case.dim, pin_memory=over_the_bus).uniform_(-(rows**-0.5), rows**-0.5)
+            weight = on_bus(weight, device) if over_the_bus else weight.to(device)
+            self.bags.append(nn.EmbeddingBag(rows, case.dim, mode="sum", sparse=True, _weight=weight))
+
+    def embedding_bag_configs(self) -> list[dlrm_rs.EmbeddingBagConfig]:
+        """For `DLRM`."""
+        return [dlrm_rs.EmbeddingBagConfig(f"t{t}", 1, self._dim, [f"t{t}"]) for t, _ in enumerate(self.bags)]
+
+    def forward(self, features: dlrm_rs.KeyedJaggedTensor) -> dlrm_rs.KeyedTensor:
+        """Pool, on the device of the tables."""
+        device = next(self.parameters()).device
+        keys, B = features.keys(), features.stride()
+        values = features.values().to(device, non_blocking=True)
+        offsets = features.offsets()
+        starts = offsets[::B].tolist()
+        offsets = offsets.to(device, non_blocking=True)
+        rows = [
+            bag(values[starts[f] : starts[f + 1]], offsets[f * B : (f + 1) * B] - starts[f])
+            for f, bag in enumerate(self.bags)
+        ]
+        return dlrm_rs.KeyedTensor(keys, [self._dim] * len(keys), torch.cat(rows, 1))
+
+
+def on_bus(weight: Tensor, device: torch.device) -> Tensor:
+    """Page-locked memory as the GPU addresses it: the same memory, as a tensor of the GPU."""
+
+    class Memory:
+        __cuda_array_interface__ = {  # noqa: RUF012
+            "shape": tuple(weight.shape),
+            "typestr": "<f4",
+            "data": (weight.data_ptr(), False),
+            "version": 3,
+        }
+        keeper = weight
+
+    return torch.as_tensor(Memory(), device=device)
+
+
+def dense_model(embeddings: nn.Module, case: Case, device: Device) -> nn.Module:
+    """The embeddings with dense layers: MLPerf's on a GPU, a linear one on a stand-in."""
+    if device.torch_device.type == "cpu":
+        return LinearHead(embeddings, case.dim * len(case.rows))
+    model = dlrm_rs.DLRM(embeddings, 13, [512, 256, case.dim], [1024, 1024, 512, 256, 1])
+    return model.to(device.torch_device)
+
+
+def ours(case: Case, device: Device) -> nn.Module:
+    tables = [dlrm_rs.EmbeddingBagConfig(f"t{t}", rows, case.dim, [f"t{t}"]) for t, rows in enumerate(case.rows)]
+    optimizer = dlrm_rs.optim.SGD(lr=LR)
+    collection = dlrm_rs.EmbeddingBagCollection(tables, optimizer=optimizer, output_device=device)
+    return dense_model(collection, case, device)
+
+
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """SGD on the dense layers, and on tables of torch's."""
+    dense = [p for name, p in model.named_parameters() if "bags" not in name]
+    tables = [p for name, p in model.named_parameters() if ".bags." in name]
+    made: list[torch.optim.Optimizer] = [torch.optim.SGD(dense, lr=LR)]
+    return [*made, torch.optim.SGD(tables, lr=LR)] if tables else made
+
+
+def rotation(batches: list[Batch], steps: int) -> Iterator[Batch]:
+    return (batches[k % len(batches)] for k in range(steps))
+
+
+def plain_step(model: nn.Module, case: Case, batches: list[Batch], device: Device) -> float:
+    """Seconds per step of a plain loop."""
+    steps = optimizers(model)
+    begin = 0.0
+    for number, batch in enumerate(rotation(batches, WARM_UP + case.steps)):
+        if number == WARM_UP:
+            device.synchronize()
+            begin = time.perf_counter()
+        for optimizer in steps:
+            optimizer.zero_grad()
+        click_loss(model, batch).backward()
+        for optimizer in steps:
+            optimizer.step()
+    device.synchronize()
+    return (time.perf_counter() - begin) / case.steps
+
+
+def pipeline_step(
+    model: nn.Module, case: Case, batches: list[Batch], device: Device, updates: Any, profile: Path | None = None
+) -> float:
+    """Seconds per step of a pipeline, its last updates among them."""
+    loader = rotation(batches, WARM_UP + case.steps)
+    pipeline = dlrm_rs.Pipeline(model, optimizers(model)[0], loader, updates=updates, profile=profile)
+    begin = 0.0
+    for number, _ in enumerate(pipeline):
+        if number == WARM_UP - 1:
+            pipeline.synchronize()
+            device.synchronize()
+            begin = time.perf_counter()
+    device.synchronize()
+    return (time.perf_counter() - begin) / case.steps
+
+
+def dense_step(case: Case, batches: list[Batch], device: Device) -> float:
+    """Seconds per step of the dense layers alone, on rows that are on the device already."""
+    width = case.dim * len(case.rows)
+    rows = torch.zeros(case.batch_size, width, device=device.torch_device, requires_grad=True)
+
+    class Rows(nn.Module):
+        def embedding_bag_configs(self) -> list[dlrm_rs.EmbeddingBagConfig]:
+            return [dlrm_rs.EmbeddingBagConfig(f"t{t}", 1, case.dim, [f"t{t}"]) for t, _ in enumerate(case.rows)]
+
+        def forward(self, features: dlrm_rs.KeyedJaggedTensor) -> dlrm_rs.KeyedTensor:
+            return dlrm_rs.KeyedTensor(features.keys(), [case.dim] * len(case.rows), rows)
+
+    return plain_step(dense_model(Rows(), case, device), case, batches, device)
+
+
+def measure(times: Callable[[], float], repeats: int) -> tuple[float, float]:
+    """Median and spread."""
+    seconds = [times() for _ in range(repeats)]
+    return statistics.median(seconds), max(seconds) - min(seconds)
+
+
+def run(case: Case, device: Device, latency: float, repeats: int, profile: Path | None) -> list[Result]:
+    """Every side that this device has, one after the other.
+
+    Args:
+        case: Tables and batches.
+        device: Where the dense layers are.
+        latency: Of the dense layers alone; how long a stand-in takes.
+        repeats: Of every side.
+        profile: A file for the trace of the exact pipeline.
+    """
+    batches = case.batches()
+    results: list[Result] = []
+    is_gpu = device.torch_device.type == "cuda"
+
+    def add(side: str, times: Callable[[], float], hides: bool = False) -> None:
+        step, spread = measure(times, repeats)
+        hidden = None
+        if hides:
+            plain = next(result.step for result in results if result.side.startswith("b"))
+            hidden = (plain - step) / min(plain - latency, latency)
+        idle = max(1 - latency / step, 0.0)
+        results.append(Result(side, step, spread, case.batch_size / step, idle, hidden))
+        print_result(results[-1])
+
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    torch_model = dense_model(TorchBags(case, cpu), case, device)
+    extra = 0.0 if is_gpu else latency  # its rows go to no stand-in by themselves
+    add("a nn.EmbeddingBag, CPU", lambda: plain_step(torch_model, case, batches, device) + extra)
+    model = ours(case, device)
+    add("b dlrm_rs, plain", partial(plain_step, model, case, batches, device))
+    add("c dlrm_rs, exact", partial(pipeline_step, model, case, batches, device, "exact", profile), hides=True)
+    add("c dlrm_rs, stale", partial(pipeline_step, model, case, batches, device, "stale"), hides=True)
+    del model
+    for side, over_the_bus in (("d all on the GPU", False), ("e GPU over the bus", True)) if is_gpu else ():
+        try:
+            bags = TorchBags(case, device.torch_device, over_the_bus)
+        except torch.OutOfMemoryError:
+            print(f"  {side}: the tables do not fit")
+            continue
+        add(side, partial(plain_step, dense_model(bags, case, device), case, batches, device))
+    return results
+
+
+def print_result(result: Result) -> None:
+    hidden = "" if result.hidden is None else f"  hidden {result.hidden:6.1%}"
+    print(
+        f"  {result.side:<24} {1e3 * result.step:9.3f} ms/step (spread {1e3 * result.spread:.3f})  "
+        f"{result.samples:11,.0f} samples/s  idle {result.idle:5.1%}{hidden}",
+        flush=True,
+    )
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for shape in options.shape:
+        rows = tuple(min(n, options.rows) for n in SHAPES[shape].num_embeddings)
+        for batch_size in options.batch_size:
+            yield Case(shape, rows, batch_size, options.zipf, options.steps)
+
+
+def devices(case: Case, options: argparse.Namespace) -> Iterator[tuple[Device, float]]:
+    """Devices, each with the seconds that the dense layers take on it."""
+    if not options.stand_in:
+        device = output_device("cuda")
+        yield device, dense_step(case, case.batches(), device)
+        return
+    if options.latency is not None:
+        yield StandIn(options.latency, options.bandwidth, copies=False), options.latency
+        return
+    free = StandIn(0.0, options.bandwidth, copies=False)
+    model, batches = ours(case, free), case.batches()
+    cpu = statistics.median(plain_step(model, case, batches, free) for _ in range(3))
+    del model
+    for factor in (0.5, 1.0, 2.0):
+        print(f"  the device takes {factor} of the CPU's {1e3 * cpu:.3f} ms")
+        yield StandIn(factor * cpu, options.bandwidth, copies=False), factor * cpu
+
+
+def main() -> None:
+    """Run the cases that the options say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=["MLPERF", "KAGGLE"], choices=list(SHAPES))
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[2048, 8192])
+    parser.add_argument("--rows", type=int, default=2_000_000, help="tables are cut to so many")
+    parser.add_argument("--zipf", type=float, default=1.05)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--stand-in", action="store_true", help="no GPU; the default where there is none")
+    parser.add_argument("--latency", type=float, help="seconds that the stand-in takes for a step")
+    parser.add_argument("--bandwidth", type=float, default=25e9, help="bytes per second to and from it")
+    parser.add_argument("--profile", type=Path, help="a file for the trace of the exact pipeline")
+    parser.add_argument("--output", type=Path, help="a JSON file for the record")
+    parser.add_argument("--quick", action="store_true", help="small tables and few steps")
+    options = parser.parse_args()
+    if options.quick:
+        options.rows, options.batch_size, options.steps, options.repeats = 50_000, [2048], 20, 1
+    options.stand_in = options.stand_in or not torch.cuda.is_available()
+    record: dict[str, Any] = {"machine": describe_machine(), "device": "stand-in", "cases": []}
+    if not options.stand_in:
+        record["device"] = torch.cuda.get_device_name()
+    for case in cases(options):
+        print(f"{case.shape}, B {case.batch_size}, Zipf {case.zipf}, {sum(case.rows):,} rows of {case.dim}")
+        for device, latency in devices(case, options):
+            results = run(case, device, latency, options.repeats, options.profile)
+            described = {"shape": case.shape, "rows": sum(case.rows), "batch_size": case.batch_size, "zipf": case.zipf}
+            record["cases"].append(described | {"latency": latency, "results": [asdict(result) for result in results]})
+    if options.output is not None:
+        options.output.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
