@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,6 +84,12 @@ def check_fused(tables: EmbeddingTables) -> FusedOptimizer:
 def update(tables: EmbeddingTables, memory: Memory, terms: Terms) -> None:
     """Run the fused optimizer of `tables`, with its hyperparameters of now, on `memory`."""
     optimizer = check_fused(tables)
+    if optimizer.update_at == "step":
+        raise RuntimeError(
+            "update: expected 'backward' in a model that is compiled or exported, got 'step', which keeps gradients"
+        )
+    if optimizer.check_finite:
+        optimizer.refuse(bool(np.isfinite(terms[5]).all()))
     groups = optimizer.begin_step()
     try:
         memory.handle.update(*terms, 1.0, groups)

@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 from dlrm_rs.devices import CPU
 from dlrm_rs.devices.ring import Ring
 from dlrm_rs.operators import calls
+from dlrm_rs.operators.kept import KeptCall, keep
 from dlrm_rs.tables import EmbeddingTables, Memory
 
 __all__ = ["lookup", "renorm"]
@@ -117,7 +118,9 @@ class _Lookup(torch.autograd.Function):
             terms = calls.gradient_terms(
                 bags, per_sample_weights, argmax, grad, call.trainable, call.scale_grad_by_freq
             )
-            if call.fused:
+            if call.fused and calls.check_fused(call.tables).update_at == "step":
+                grads = [_keep(call, bags, per_sample_weights, argmax, grad)]
+            elif call.fused:
                 calls.update(call.tables, call.memory, terms)
                 increment_version([w for w, trained in zip(call.weights, call.trainable, strict=True) if trained])
             elif call.sparse:
@@ -131,6 +134,16 @@ class _Lookup(torch.autograd.Function):
 def _outputs(tables: EmbeddingTables) -> Ring | None:
     """Memory from which copies to the device go on their own; none for output that stays where it is."""
     return None if tables.output_device is CPU else tables.output_device.outputs
+
+
+def _keep(
+    call: _Call, bags: calls.Bags, per_sample_weights: Tensor | None, argmax: Tensor | None, grad: Tensor
+) -> Tensor:
+    given = (bags, per_sample_weights, argmax, grad, call.trainable, call.scale_grad_by_freq)
+    kept = KeptCall(call.tables, *given, [])
+    kept.versions.extend(tensor._version for tensor in kept.tensors())
+    weight = next(weight for weight, trained in zip(call.weights, call.trainable, strict=True) if trained)
+    return keep(calls.check_fused(call.tables), kept, weight)
 
 
 def _sparse_gradient(call: _Call, terms: calls.Terms) -> list[Tensor | None]:

@@ -3,9 +3,15 @@
 A spec, such as `Adagrad(lr=0.01)`, is given to a module; the module's `fused_optimizer` is then a
 `torch.optim.Optimizer` over its tables, for learning-rate schedulers and checkpoints. The engine owns the state.
 
-Since backward *is* the step, what torch does between the two cannot be had for these tables: gradient accumulation
-over micro-batches, clipping by the norm of all gradients, and unscaling of a scaled loss. A module without a fused
-optimizer does all of these.
+Two ways to step, by `update` of the spec:
+
+- `"backward"`: every backward through a lookup *is* a step. The fastest; but what torch does between the two, such as
+  gradient accumulation, several lookups of a table in one graph as one step, or unscaling of a scaled loss, cannot be
+  had.
+- `"step"`: backward keeps the gradient of what was looked up (`B` rows, not those of the tables), and
+  `fused_optimizer.step()` runs the update once, on the sums of all that was kept: the same bits as of one batch;
+  `zero_grad()` drops it. All of these work then as with torch's optimizers, `torch.amp.GradScaler` included.
+  (`clip_grad_norm_` does not see these gradients in either way; `clip_value` is of the spec.)
 
 Updates are lazy: a row that no bag of a step has stays as it is, and so does its state, as with
 `torch.optim.SparseAdam`. Weight decay, too, touches only the rows of the step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
@@ -13,6 +14,9 @@ from dlrm_rs.optim.specs import OptimizerSpec
 
 __all__ = ["FusedOptimizer"]
 
+# A number that bfloat16 has, too, and that stays one when it is divided by the scale of a loss.
+_TOKEN = 2.0**-100
+
 
 class FusedOptimizer(torch.optim.Optimizer):
     """The optimizer inside a module, in the shape that torch's schedulers and checkpoints know.
@@ -21,6 +25,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     spec's `table_lr`; `"tables"` tells which tables it has. Hyperparameters are read from the groups at every step, and
     `"step"` counts these. `state[weight]` holds views of the engine's memory: write to them to change the state, put
     nothing in their place. A module makes it; there is no need to.
+
+    Where rows move in `step()`, backward gives one of the weights a sparse gradient of a single row, the token, that
+    stands for the gradients of all tables: without it `step()` has nothing to do, as torch's optimizers; what
+    multiplies it, as `torch.amp.GradScaler.unscale_` does, multiplies them; and it is infinite where they are
+    not finite, so that a `GradScaler` skips the step. It is so small that another optimizer over that weight would not
+    change the row.
 
     Args:
         spec: The optimizer and where it starts.
@@ -34,6 +44,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The engine's state; none in a copy that was made without its module, which then holds plain copies.
     _views: Sequence[Mapping[str, Tensor]] = ()
+    # What waits for `step()`, and the weight that has the token.
+    _kept: Sequence[Any] = ()
+    _holder: Tensor | None = None
+    _token_came = False
 
     def __init__(
         self,
@@ -87,14 +101,92 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Return the closure's loss, and do nothing else: the rows moved in backward.
+        """Move the rows, if that is not done in backward; call it in either case, as schedulers expect it.
 
-        Call it all the same, for then a learning-rate scheduler sees the order of calls that it expects.
+        Args:
+            closure: Computes the loss anew, and its gradients.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            FloatingPointError: A gradient is not finite, and the spec's `check_finite` refuses that.
+            RuntimeError: Something that backward has kept was changed in place since.
         """
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            return closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._kept:
+            self._take_kept()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients that wait for `step()`."""
+        super().zero_grad(set_to_none=True)
+        self._kept = ()
+
+    def keep(self, call: Any, weight: Tensor) -> None:
+        """Let a call, a `KeptCall`, wait for `step()`; `weight` will have the token."""
+        if self._token_came and self._holder is not None and self._holder.grad is None:
+            self._kept = ()  # whoever took the token away has dropped the gradients
+        if self._kept and self._holder is not weight:
+            raise RuntimeError("backward: expected the weights that require gradients to stay the same until step()")
+        if self._holder is not weight:
+            weight.register_post_accumulate_grad_hook(self._note_token)
+        self._kept, self._holder, self._token_came = [*self._kept, call], weight, False
+
+    def _note_token(self, _: Tensor) -> None:
+        # Only then can it be missed: in one backward the token comes after all calls have been kept.
+        self._token_came = True
+
+    @staticmethod
+    def token(weight: Tensor, finite: bool) -> Tensor:
+        """The gradient of a weight that stands for those of all tables."""
+        value = _TOKEN if finite else math.inf
+        return torch.sparse_coo_tensor(
+            torch.zeros(1, 1, dtype=torch.int64, device="cpu"),
+            torch.full((1, weight.shape[1]), value, dtype=weight.dtype, device="cpu"),
+            weight.shape,
+            check_invariants=False,
+        )
+
+    @property
+    def update_at(self) -> str:
+        """When rows move: "backward" or "step"."""
+        return str(self.param_groups[0]["update"])
+
+    @property
+    def check_finite(self) -> bool:
+        """Whether gradients that are not finite are refused."""
+        return bool(self.param_groups[0]["check_finite"])
+
+    def refuse(self, finite: bool) -> None:
+        """Refuse gradients that are not finite, if that is to be.
+
+        Raises:
+            FloatingPointError: They are not.
+        """
+        if self.check_finite and not finite:
+            raise FloatingPointError(
+                "gradient: expected finite numbers, got an infinity or a NaN; the tables are as they were"
+            )
+
+    def _take_kept(self) -> None:
+        token = None if self._holder is None else self._holder.grad
+        kept, count = self._kept, len(self._kept)
+        if token is None:
+            self._kept = ()
+            return
+        # As many tokens as backwards, each multiplied alike.
+        values = token._values() if token.is_sparse else token[:1]
+        factor = values[:, 0].double().sum().item() / count / _TOKEN
+        groups = self.begin_step()
+        try:
+            kept[0].run(kept[1:], factor if math.isfinite(factor) else 1.0, groups)
+        except BaseException:
+            self.take_back_step()
+            raise
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse another group: the tables of a module are trained together.

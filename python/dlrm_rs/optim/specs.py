@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -40,6 +40,9 @@ class OptimizerSpec:
         clip_value: Elements of a row's gradient are clamped to at most this size (`torch.nn.utils.clip_grad_value_`).
         max_norm: A row that is longer (2-norm) after its update is scaled down to this.
         table_lr: Learning rates of some tables by name, each then a parameter group; the others have `lr`.
+        update: "backward" or "step": when rows move (see `dlrm_rs.optim`).
+        check_finite: Refuse a gradient with an infinity or a NaN by a `FloatingPointError`; the tables stay as they
+            are.
         split_bf16: Keep the lower 16 bits of bf16 rows beside them, in the optimizer's state: updates are then those of
             fp32 rows, and lookups read the bfloat16 nearest to each element. Else bf16 rows, and always fp16 rows, are
             rounded stochastically, unbiased, after every update.
@@ -54,14 +57,18 @@ class OptimizerSpec:
     clip_value: float | None = None
     max_norm: float | None = None
     table_lr: Mapping[str, float] = field(default_factory=dict)
+    update: Literal["backward", "step"] = "backward"
+    check_finite: bool = False
     split_bf16: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.update not in ("backward", "step"):
+            raise ValueError(f"update: expected 'backward' or 'step', got {self.update!r}")
         numbers = {item.name: getattr(self, item.name) for item in fields(self)}
         numbers.update({f"table_lr[{name!r}]": lr for name, lr in numbers.pop("table_lr").items()})
         for name, value in numbers.items():
-            if name in ("split_bf16", "nesterov", "decoupled_weight_decay"):
+            if name in ("update", "check_finite", "split_bf16", "nesterov", "decoupled_weight_decay"):
                 continue
             for number in value if name == "betas" else (value,):
                 if not (number is None and name in ("clip_value", "max_norm")):
@@ -70,7 +77,7 @@ class OptimizerSpec:
     def hyperparameters(self) -> dict[str, Any]:
         """What a parameter group holds, and the engine reads at every step."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _USES}
-        keep = (bool, int, type(None), tuple)
+        keep = (bool, int, str, type(None), tuple)
         return {
             name: value if isinstance(value, keep) and name != "lr" else float(value) for name, value in values.items()
         }
