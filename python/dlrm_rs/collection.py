@@ -204,7 +204,9 @@ class EmbeddingBagCollection(NamedTables):
         if (weights is not None) != self._is_weighted:
             raise ValueError(
                 f"per_sample_weights: expected {'one per id' if self._is_weighted else 'None'}, as this collection has "
-                f"is_weighted={self._is_weighted}, got {'none' if weights is None else 'some'}"
+                f"is_weighted={self._is_weighted}, got {'none' if weights is None else 'some'}; give a batch "
+                f"{'with' if self._is_weighted else 'without'} weights, or make the collection with "
+                f"is_weighted={not self._is_weighted}"
             )
         if weights is not None:
             weights = float_tensor("per_sample_weights", weights, ids.shape)
