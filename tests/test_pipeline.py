@@ -465,6 +465,8 @@ def test_models_and_options_that_cannot_be_are_refused() -> None:
         Pipeline(nn.Linear(1, 1), adam, [])
     with pytest.raises(ValueError, match=r"expected a fused optimizer in collection 'embeddings'.*RowWiseAdagrad"):
         Pipeline(click_model(None), adam, [])
+    with pytest.raises(ValueError, match="expected rows of collection 'embeddings' to move in backward"):
+        Pipeline(click_model(SGD(lr=0.1, update="step")), adam, [])
     with pytest.raises(ValueError, match="expected the dense layers' parameters alone, got weights of tables"):
         Pipeline(model, torch.optim.SGD(model.parameters(), 0.1), [])
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer or None, got float"):

@@ -226,6 +226,11 @@ def _collections(model: nn.Module) -> dict[str, EmbeddingBagCollection]:
                 "has made gradients of all tables; make it with optimizer=dlrm_rs.optim.RowWiseAdagrad(...) or "
                 "another, or freeze its weights"
             )
+        if collection.fused_optimizer is not None and collection.fused_optimizer.update_at == "step":
+            raise ValueError(
+                f"model: expected rows of collection {name!r} to move in backward, got update='step', "
+                "which waits for step(); make it with update='backward', or train without a pipeline"
+            )
     return found
 
 
