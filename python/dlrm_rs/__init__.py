@@ -10,7 +10,7 @@ or many tables in one call, trained inside backward:
     collection = dlrm_rs.EmbeddingBagCollection(tables, optimizer=dlrm_rs.optim.RowWiseAdagrad(lr=0.01))
 """
 
-from dlrm_rs import optim, pytree
+from dlrm_rs import distributed, optim, pytree
 from dlrm_rs._dlrm_rs import __version__, get_num_threads, info, set_num_threads
 from dlrm_rs.checkpoints import DLRMCheckpoint, load_dlrm_checkpoint
 from dlrm_rs.collection import EmbeddingBagCollection
@@ -52,6 +52,7 @@ __all__ = [
     "WeightedEmbeddingBag",
     "__version__",
     "dequantize",
+    "distributed",
     "get_num_threads",
     "info",
     "load_dlrm_checkpoint",

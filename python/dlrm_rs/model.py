@@ -23,6 +23,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from dlrm_rs.distributed import leave_tables_to_each_process
+
 __all__ = ["DLRM", "PooledEmbeddings"]
 
 INTERACTIONS = ("dot", "cat")
@@ -122,6 +124,8 @@ class DLRM(nn.Module):
         # Where the pairs i > j are in a flattened (F + 1, F + 1) matrix, row by row: facebookresearch/dlrm's order.
         i, j = torch.tril_indices(F + 1, F + 1, offset=0 if interaction_itself else -1)
         self.top = _mlp([D + (len(i) if interaction == "dot" else sum(dims)), *top_mlp], last_relu=False)
+        if getattr(embeddings, "fused_optimizer", None) is not None:
+            leave_tables_to_each_process(self)
         self.pairs: Tensor
         self.register_buffer("pairs", i * (F + 1) + j, persistent=False)
 

@@ -54,6 +54,12 @@ class OwnsTables(nn.Module):
         """
         return {table.name: name for table, name in zip(self._tables.tables, self._tables.row_formats, strict=True)}
 
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"torch.jit.script: expected modules that TorchScript can compile, got {type(self).__name__}, whose rows "
+            "the engine looks up; torch.export saves a model with its tables, torch.compile makes it fast"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `fn` is what `.to()`, `.cuda()`, `.half()`, `.share_memory()` and the like do to every tensor of a model. The
         # tables stay as they are, on the CPU: that is what they are for. A change that is more than a move is refused.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dlrm_rs import torchrec
 from dlrm_rs.arguments import check_table_weight
 from dlrm_rs.collection import EmbeddingBagCollection
+from dlrm_rs.distributed import leave_tables_to_each_process
 from dlrm_rs.embedding import Embedding
 from dlrm_rs.embedding_bag import EmbeddingBag
 from dlrm_rs.embedding_collection import EmbeddingCollection
@@ -113,6 +114,8 @@ def replace_embeddings(
         torch_ao.take_over(owner)
         owner.__dict__["_tables"] = table
         owner.__class__ = EmbeddingBag if hasattr(owner, "mode") else Embedding
+    if optimizer is not None:
+        leave_tables_to_each_process(model)
     return model
 
 

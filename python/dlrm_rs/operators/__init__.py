@@ -52,6 +52,11 @@ def lookup(
         ValueError: Offsets, lengths or weights of ids do not fit; sparse gradients in a traced model.
     """
     way = registered.lookup if torch.compiler.is_compiling() else direct.lookup
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "torch.jit.trace: expected operations that it records, got a lookup, which the engine computes; "
+            "torch.export.export traces and saves a model with its tables"
+        )
     return way(tables, indices, offsets, batch_size, per_sample_weights, sparse, scale_grad_by_freq)
 
 
