@@ -113,7 +113,7 @@ impl Touched<'_> {
         if rows.is_none() {
             let row = self.run.row(k);
             weights.prefetch(simd, row, *dim);
-            for (part, &len) in state.iter().zip(state_len) {
+            for (part, &len) in state.iter().zip(state_len).filter(|(_, len)| **len > 0) {
                 simd.prefetch_bytes(part.address(row.wrapping_mul(len)).cast(), len * size_of::<f32>());
             }
         }
