@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use crate::per_feature::PerFeature;
 use crate::{Error, Result};
 
 /// An integer type of ids.
@@ -90,7 +91,7 @@ pub struct Bags<'a> {
     pub(crate) features: usize,
     pub(crate) batch: usize,
     /// Where each feature's ids begin, and where the last one's end.
-    feature_starts: Vec<usize>,
+    feature_starts: PerFeature<usize>,
     /// A factor for every id.
     pub(crate) weights: Option<&'a [f32]>,
 }
@@ -126,8 +127,14 @@ impl<'a> Bags<'a> {
             let expected = format!("one for each of {} ids", ids.len());
             return Err(Error::argument("per_sample_weights", expected, weights.len()));
         }
-        let mut made =
-            Self { ids, offsets, features, batch, feature_starts: Vec::new(), weights: per_sample_weights };
+        let mut made = Self {
+            ids,
+            offsets,
+            features,
+            batch,
+            feature_starts: PerFeature::new(),
+            weights: per_sample_weights,
+        };
         let start = |f: usize| if batch == 0 { 0 } else { made.bounds(f * batch).start };
         made.feature_starts = (0..features).map(start).chain([ids.len()]).collect();
         Ok(made)
@@ -167,6 +174,20 @@ impl<'a> Bags<'a> {
     fn bounds_in<I: Id>(&self, offsets: &[I], bag: usize) -> Range<usize> {
         let end = offsets.get(bag + 1).map_or(self.ids.len(), |o| o.row() as usize);
         offsets[bag].row() as usize..end
+    }
+
+    /// Where the ids of bags begin, and where the last one's end: of as many bags from number `first` on as `into` has
+    /// room for.
+    #[inline(always)]
+    pub(crate) fn starts(&self, first: usize, into: &mut [usize]) {
+        match self.offsets {
+            Offsets::I32(offsets) => starts_in(offsets, first, self.ids.len(), into),
+            Offsets::I64(offsets) => starts_in(offsets, first, self.ids.len(), into),
+            Offsets::Even => {
+                let len = self.ids.len() / (self.features * self.batch);
+                into.iter_mut().enumerate().for_each(|(i, start)| *start = (first + i) * len);
+            }
+        }
     }
 
     /// Where the ids of `feature` are.
@@ -210,6 +231,14 @@ impl<'a> Bags<'a> {
             }
         }
         low
+    }
+}
+
+#[inline(always)]
+fn starts_in<I: Id>(offsets: &[I], first: usize, ids: usize, into: &mut [usize]) {
+    let offsets = offsets[first..].iter().map(|offset| offset.row() as usize).chain([ids]);
+    for (start, offset) in into.iter_mut().zip(offsets) {
+        *start = offset;
     }
 }
 

@@ -14,6 +14,7 @@ use crate::kernels::{LANES, Simd};
 use crate::lookup::{Pooling, first_bad};
 use crate::memory::zeros;
 use crate::occurrences::Occurrences;
+use crate::per_feature::PerFeature;
 use crate::pieces::{self, Size};
 use crate::rows::{Rows, with_rows};
 use crate::sources::Sources;
@@ -187,7 +188,7 @@ impl TableSet {
 struct WeightsGradient<'a> {
     set: &'a TableSet,
     bags: &'a Bags<'a>,
-    slots: Vec<Slot<'static>>,
+    slots: PerFeature<Slot<'static>>,
     output: &'a [f32],
     into: Disjoint<'a, f32>,
     /// Lowest position of an id that its table does not have.

@@ -41,6 +41,7 @@ mod occurrences;
 pub mod optimizers;
 mod overlap;
 mod packed;
+mod per_feature;
 mod pieces;
 mod prepared;
 mod renorm;

@@ -11,6 +11,7 @@ use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
 use crate::kernels::LANES;
 use crate::kernels::pool::Pool;
+use crate::per_feature::PerFeature;
 use crate::pieces::{self, Size};
 use crate::rows::{Rows, with_rows};
 use crate::table::Table;
@@ -113,7 +114,7 @@ impl TableSet {
     }
 
     /// The work of each feature: rows read and output rows written.
-    pub(crate) fn sizes(&self, bags: &Bags, tables: &[Table]) -> Vec<Size> {
+    pub(crate) fn sizes(&self, bags: &Bags, tables: &[Table]) -> PerFeature<Size> {
         let size = |f| {
             let ids = bags.feature_bounds(f).len();
             self.size(f, if self.pooled { bags.batch } else { ids }, ids, tables)

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use crate::per_feature::PerFeature;
 use crate::{Context, Result, threads};
 
 /// Cache lines of a piece: 256 KB, some ten microseconds of memory traffic.
@@ -25,7 +26,7 @@ pub(crate) fn for_each(
     sizes: &[Size],
     run: impl Fn(usize, Range<usize>) + Sync,
 ) -> Result<()> {
-    let mut ends = Vec::with_capacity(sizes.len());
+    let mut ends = PerFeature::with_capacity(sizes.len());
     let mut end = 0;
     for size in sizes {
         end += count(*size);

@@ -12,6 +12,9 @@ pub(crate) trait Rows: Copy + Send + Sync {
     /// Elements of a row.
     fn dim(self) -> usize;
 
+    /// The same rows, which are `vectors` vectors long: where that is a constant, it becomes part of the code.
+    fn of_vectors(self, vectors: usize) -> Self;
+
     /// `COUNT` vectors of `row`, from element `at` on: all inside the row when `WHOLE`; else one, cut at the row's end.
     /// `at` is a multiple of [`LANES`].
     fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
@@ -32,8 +35,9 @@ pub(crate) trait Rows: Copy + Send + Sync {
         v
     }
 
-    /// Starts to bring all of `row` near; `row` may be any number.
-    fn prefetch<S: Simd>(self, simd: S, row: u64);
+    /// Starts to bring all of `row` near, which is `COUNT` vectors, or of any length where that is 0; `row` may be any
+    /// number.
+    fn prefetch<S: Simd, const COUNT: usize>(self, simd: S, row: u64);
 
     /// Writes all of `row` to `out`.
     #[inline(always)]
@@ -44,6 +48,20 @@ pub(crate) trait Rows: Copy + Send + Sync {
             simd.store_at(out, at, elements);
             at += LANES;
         }
+    }
+}
+
+/// Starts to bring a row near that is `COUNT` times `bytes` long, or, where that is 0, `row_bytes`.
+#[inline(always)]
+fn prefetch_row<S: Simd, const COUNT: usize>(simd: S, at: *const u8, bytes: usize, row_bytes: usize) {
+    if COUNT == 0 {
+        return simd.prefetch_bytes(at, row_bytes);
+    }
+    // Tables begin on a cache line, so rows of such lengths reach into as few lines as they can.
+    let mut line = 0;
+    while line < COUNT * bytes {
+        simd.prefetch(at.wrapping_add(line));
+        line += 64;
     }
 }
 
@@ -61,6 +79,11 @@ impl Rows for Fp32Rows<'_> {
     }
 
     #[inline(always)]
+    fn of_vectors(self, vectors: usize) -> Self {
+        Self { dim: vectors * LANES, ..self }
+    }
+
+    #[inline(always)]
     fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
         self,
         simd: S,
@@ -71,9 +94,15 @@ impl Rows for Fp32Rows<'_> {
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd>(self, simd: S, row: u64) {
+    fn prefetch<S: Simd, const COUNT: usize>(self, simd: S, row: u64) {
         let at = (row as usize).wrapping_mul(self.dim);
-        simd.prefetch_bytes(self.data.as_ptr().wrapping_add(at).cast(), self.dim * size_of::<f32>());
+        let bytes = LANES * size_of::<f32>();
+        prefetch_row::<S, COUNT>(
+            simd,
+            self.data.as_ptr().wrapping_add(at).cast(),
+            bytes,
+            self.dim * size_of::<f32>(),
+        );
     }
 }
 
@@ -87,6 +116,21 @@ pub(crate) trait Packing: Copy + Send + Sync {
     /// The numbers of a group.
     fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V;
 
+    /// `scale * number + bias` of each number of `COUNT` groups, rounded after the product and after the sum.
+    #[inline(always)]
+    fn load_scaled<S: Simd, const COUNT: usize>(
+        self,
+        simd: S,
+        groups: &[Self::Group; COUNT],
+        [scale, bias]: [S::V; 2],
+    ) -> [S::V; COUNT] {
+        let mut loaded = [bias; COUNT];
+        for i in 0..COUNT {
+            loaded[i] = simd.add(simd.mul(self.load(simd, &groups[i]), scale), bias);
+        }
+        loaded
+    }
+
     /// Makes a group; of a quantized format's, the numbers are codes.
     fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V);
 }
@@ -99,25 +143,17 @@ const fn group_len<P: Packing>() -> usize {
 
 /// `COUNT` groups of `row`, from element `at` on; one that is cut at the row's end is filled with zeros.
 #[inline(always)]
-fn groups<P: Packing, S: Simd, const COUNT: usize, const WHOLE: bool>(
-    packing: P,
-    simd: S,
+fn groups<P: Packing, const COUNT: usize, const WHOLE: bool>(
     row: &[P::Unit],
     at: usize,
-) -> [S::V; COUNT] {
+) -> [P::Group; COUNT] {
     let len = group_len::<P>();
     let rest = &row[at / LANES * len..];
-    if !WHOLE {
-        let mut group = P::Group::zeroed();
-        bytemuck::cast_slice_mut(std::slice::from_mut(&mut group))[..rest.len()].copy_from_slice(rest);
-        return [packing.load(simd, &group); COUNT];
-    }
-    let groups: &[P::Group] = bytemuck::cast_slice(&rest[..COUNT * len]);
-    let mut loaded = [simd.splat(0.0); COUNT];
-    for i in 0..COUNT {
-        loaded[i] = packing.load(simd, &groups[i]);
-    }
-    loaded
+    let mut groups = [P::Group::zeroed(); COUNT];
+    let into: &mut [P::Unit] = bytemuck::cast_slice_mut(&mut groups);
+    let whole = if WHOLE { into.len() } else { rest.len() };
+    into[..whole].copy_from_slice(&rest[..whole]);
+    groups
 }
 
 /// Packs a row; what its last unit has room for beyond the row's end is zero.
@@ -221,7 +257,23 @@ impl Packing for Int4<'_> {
 
     #[inline(always)]
     fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
-        simd.load_int4(group, self.0)
+        simd.load_int4(group, simd.load(self.0))
+    }
+
+    /// A row has but 16 different elements: they are made first, and then chosen from.
+    #[inline(always)]
+    fn load_scaled<S: Simd, const COUNT: usize>(
+        self,
+        simd: S,
+        groups: &[Self::Group; COUNT],
+        [scale, bias]: [S::V; 2],
+    ) -> [S::V; COUNT] {
+        let elements = simd.add(simd.mul(simd.load(self.0), scale), bias);
+        let mut loaded = [bias; COUNT];
+        for i in 0..COUNT {
+            loaded[i] = simd.load_int4(&groups[i], elements);
+        }
+        loaded
     }
 
     #[inline(always)]
@@ -245,20 +297,35 @@ impl<P: Packing<Unit = u16>> Rows for HalfRows<'_, P> {
     }
 
     #[inline(always)]
+    fn of_vectors(self, vectors: usize) -> Self {
+        Self { dim: vectors * LANES, ..self }
+    }
+
+    #[inline(always)]
     fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
         self,
         simd: S,
         row: usize,
         at: usize,
     ) -> [S::V; COUNT] {
-        let row = &self.data[row * self.dim..][..self.dim];
-        groups::<P, S, COUNT, WHOLE>(self.packing, simd, row, at)
+        let groups = groups::<P, COUNT, WHOLE>(&self.data[row * self.dim..][..self.dim], at);
+        let mut loaded = [simd.splat(0.0); COUNT];
+        for i in 0..COUNT {
+            loaded[i] = self.packing.load(simd, &groups[i]);
+        }
+        loaded
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd>(self, simd: S, row: u64) {
+    fn prefetch<S: Simd, const COUNT: usize>(self, simd: S, row: u64) {
         let at = (row as usize).wrapping_mul(self.dim);
-        simd.prefetch_bytes(self.data.as_ptr().wrapping_add(at).cast(), self.dim * size_of::<u16>());
+        let bytes = LANES * size_of::<u16>();
+        prefetch_row::<S, COUNT>(
+            simd,
+            self.data.as_ptr().wrapping_add(at).cast(),
+            bytes,
+            self.dim * size_of::<u16>(),
+        );
     }
 }
 
@@ -281,6 +348,11 @@ impl<P: Packing<Unit = u8>> Rows for QuantizedRows<'_, P> {
     }
 
     #[inline(always)]
+    fn of_vectors(self, vectors: usize) -> Self {
+        Self { dim: vectors * LANES, row_bytes: vectors * size_of::<P::Group>(), ..self }
+    }
+
+    #[inline(always)]
     fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
         self,
         simd: S,
@@ -288,23 +360,24 @@ impl<P: Packing<Unit = u8>> Rows for QuantizedRows<'_, P> {
         at: usize,
     ) -> [S::V; COUNT] {
         let [scale, bias] = self.scales.get(row);
-        let (scale, bias) = (simd.splat(scale), simd.splat(bias));
-        let codes = &self.codes[row * self.row_bytes..][..self.row_bytes];
-        let mut loaded = groups::<P, S, COUNT, WHOLE>(self.packing, simd, codes, at);
-        for v in &mut loaded {
-            *v = simd.add(simd.mul(*v, scale), bias);
-            if !WHOLE {
-                *v = simd.first(*v, self.dim - at);
-            }
+        let groups = groups::<P, COUNT, WHOLE>(&self.codes[row * self.row_bytes..][..self.row_bytes], at);
+        let mut loaded = self.packing.load_scaled(simd, &groups, [simd.splat(scale), simd.splat(bias)]);
+        if !WHOLE {
+            loaded = [simd.first(loaded[0], self.dim - at); COUNT];
         }
         loaded
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd>(self, simd: S, row: u64) {
+    fn prefetch<S: Simd, const COUNT: usize>(self, simd: S, row: u64) {
         let row = row as usize;
         let at = row.wrapping_mul(self.row_bytes);
-        simd.prefetch_bytes(self.codes.as_ptr().wrapping_add(at), self.row_bytes);
+        prefetch_row::<S, COUNT>(
+            simd,
+            self.codes.as_ptr().wrapping_add(at),
+            size_of::<P::Group>(),
+            self.row_bytes,
+        );
         simd.prefetch(self.scales.address(row));
     }
 }

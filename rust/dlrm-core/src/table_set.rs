@@ -6,6 +6,7 @@ use crate::encode::{self, Encoded, Encoding};
 use crate::guarded::Guarded;
 use crate::memory::{Keeper, check_available};
 use crate::optimizers::Kind;
+use crate::per_feature::PerFeature;
 use crate::table::{Table, TableMemory, TableSpec};
 use crate::table_rows::TableRows;
 use crate::{Bags, Context, Error, Pooling, Result, RowFormat};
@@ -259,7 +260,7 @@ impl TableSet {
     }
 
     /// Where each feature's output rows are.
-    pub(crate) fn slots(&self, bags: &Bags) -> Vec<Slot<'static>> {
+    pub(crate) fn slots(&self, bags: &Bags) -> PerFeature<Slot<'static>> {
         let mut start = 0;
         let slot = |f: usize| {
             if self.pooled {

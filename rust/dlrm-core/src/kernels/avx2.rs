@@ -57,12 +57,12 @@ impl Avx2 {
         })
     }
 
-    /// `codebook[code]` of 8 codes of 4 bits.
+    /// `of[code]` of 8 codes of 4 bits.
     #[inline(always)]
-    fn look_up(self, codes: i32, codebook: &Lanes) -> __m256 {
+    fn look_up(self, codes: i32, of: Pair) -> __m256 {
         have!({
             let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-            self.at_places(_mm256_srlv_epi32(_mm256_set1_epi32(codes), shifts), codebook)
+            self.at_places(_mm256_srlv_epi32(_mm256_set1_epi32(codes), shifts), of)
         })
     }
 
@@ -108,11 +108,11 @@ impl Avx2 {
 
     /// `of[place]` of 8 places.
     #[inline(always)]
-    fn at_places(self, places: __m256i, of: &Lanes) -> __m256 {
+    fn at_places(self, places: __m256i, of: Pair) -> __m256 {
         have!({
             // Only the low 3 bits of an index count; the fourth, as a sign, chooses between the halves.
-            let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(of.as_ptr()), places);
-            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(of[HALF..].as_ptr()), places);
+            let low = _mm256_permutevar8x32_ps(of[0], places);
+            let high = _mm256_permutevar8x32_ps(of[1], places);
             _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(places)))
         })
     }
@@ -257,9 +257,9 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn load_int4(self, from: &[u8; LANES / 2], codebook: &Lanes) -> Pair {
+    fn load_int4(self, from: &[u8; LANES / 2], of: Pair) -> Pair {
         let codes = i64::from_le_bytes(*from);
-        [self.look_up(codes as i32, codebook), self.look_up((codes >> 32) as i32, codebook)]
+        [self.look_up(codes as i32, of), self.look_up((codes >> 32) as i32, of)]
     }
 
     #[inline(always)]
@@ -302,6 +302,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn choose(self, v: Pair, middles: &[f32; LANES - 1], of: &Lanes) -> Pair {
+        let of = self.load(of);
         [self.at_places(self.search(v[0], middles), of), self.at_places(self.search(v[1], middles), of)]
     }
 

@@ -145,15 +145,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn load_int4(self, from: &[u8; LANES / 2], codebook: &Lanes) -> __m512 {
+    fn load_int4(self, from: &[u8; LANES / 2], of: __m512) -> __m512 {
         have!({
-            // Each lane gets the 8 codes that its own is among, and shifts its own down; of the index that chooses from
-            // the codebook only the low 4 bits count.
+            // Each lane gets the 8 codes that its own is among, and shifts its own down; of the index of a lane only the
+            // low 4 bits count.
             let eights = _mm512_set1_epi64(i64::from_le_bytes(*from));
             let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
             let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
             let codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, eights), shifts);
-            _mm512_permutexvar_ps(codes, _mm512_loadu_ps(codebook.as_ptr()))
+            _mm512_permutexvar_ps(codes, of)
         })
     }
 

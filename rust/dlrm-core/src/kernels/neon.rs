@@ -133,8 +133,8 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn load_int4(self, from: &[u8; LANES / 2], codebook: &Lanes) -> Self::V {
-        self.load(&Scalar.load_int4(from, codebook))
+    fn load_int4(self, from: &[u8; LANES / 2], of: Self::V) -> Self::V {
+        self.load(&Scalar.load_int4(from, self.lanes(of)))
     }
 
     #[inline(always)]

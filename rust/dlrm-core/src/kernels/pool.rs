@@ -11,7 +11,9 @@
 
 use std::ops::Range;
 
-use super::sum::{Terms, sum};
+use smallvec::SmallVec;
+
+use super::sum::{Terms, block, sum};
 use super::{Kernel, LANES, Simd};
 use crate::bags::{Bags, Id};
 use crate::disjoint::Disjoint;
@@ -20,7 +22,10 @@ use crate::rows::{Bf16, Fp16, Rows, pack};
 use crate::table_set::Slot;
 
 /// Rows that are prefetched ahead of the one that is read.
-pub(crate) const AHEAD: usize = 32;
+pub(crate) const AHEAD: usize = 64;
+
+/// Bags whose bounds are looked up at once.
+const GROUP: usize = 64;
 
 /// A run of one feature's units.
 pub(crate) struct Pool<'a, R, I> {
@@ -44,33 +49,28 @@ impl<R: Rows, I: Id> Kernel for Pool<'_, R, I> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let ids = self.positions();
-        for &id in &self.ids[ids.start..ids.end.min(ids.start + AHEAD)] {
-            self.rows.prefetch(simd, id.row());
-        }
-        let mut scratch = self.scratch();
-        for unit in self.units.clone() {
-            let out = match self.out {
-                Outputs::Fp32(out) => self.output(out, unit),
-                _ => &mut scratch[..],
-            };
-            match (self.pooling, self.bags.weights) {
-                (Pooling::None, _) => {
-                    let position = self.first + unit;
-                    self.prefetch(simd, position, ids.end);
-                    self.rows.copy(simd, self.ids[position].row() as usize, out);
-                }
-                (Pooling::Max, _) => self.max(simd, unit, ids.end, out),
-                (_, None) => self.sum::<S, false>(simd, unit, ids.end, out),
-                (_, Some(_)) => self.sum::<S, true>(simd, unit, ids.end, out),
-            }
-            match self.out {
-                Outputs::Fp32(_) => {}
-                Outputs::Fp16(out) => pack(simd, Fp16, &scratch, self.output(out, unit)),
-                Outputs::Bf16(out) => pack(simd, Bf16, &scratch, self.output(out, unit)),
-            }
+        let end = self.positions().end;
+        match (self.pooling, self.bags.weights) {
+            (Pooling::None, _) => self.each(simd, end),
+            (Pooling::Max, _) => self.bags_by(simd, Max, end),
+            (_, None) => self.sums::<S, false>(simd, end),
+            (_, Some(_)) => self.sums::<S, true>(simd, end),
         }
     }
+}
+
+/// How a bag becomes a row.
+trait Mode: Copy {
+    /// Pools the ids at `bag` into `out`, the row of `unit`; `end` is where the ids of the piece end.
+    fn pool<S: Simd, R: Rows, I: Id>(
+        &self,
+        simd: S,
+        of: &Pool<R, I>,
+        unit: usize,
+        bag: Range<usize>,
+        end: usize,
+        out: &mut [f32],
+    );
 }
 
 impl<R: Rows, I: Id> Pool<'_, R, I> {
@@ -84,11 +84,81 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
         self.bags.bounds(self.first + self.units.start).start..self.bags.bounds(last).end
     }
 
+    /// Sum or mean of every bag.
+    #[inline(always)]
+    fn sums<S: Simd, const WEIGHTED: bool>(&self, simd: S, end: usize) {
+        // Where a row is as many vectors as registers hold, nothing about its length is asked for every bag.
+        match self.rows.dim() {
+            16 => self.bags_by(simd, Sum::<_, 1, WEIGHTED> { rows: self.rows.of_vectors(1) }, end),
+            32 => self.bags_by(simd, Sum::<_, 2, WEIGHTED> { rows: self.rows.of_vectors(2) }, end),
+            64 => self.bags_by(simd, Sum::<_, 4, WEIGHTED> { rows: self.rows.of_vectors(4) }, end),
+            128 if S::BLOCK >= 8 => {
+                self.bags_by(simd, Sum::<_, 8, WEIGHTED> { rows: self.rows.of_vectors(8) }, end);
+            }
+            _ => self.bags_by(simd, Sum::<_, 0, WEIGHTED> { rows: self.rows }, end),
+        }
+    }
+
+    /// Pools every bag.
+    #[inline(always)]
+    fn bags_by<S: Simd, M: Mode>(&self, simd: S, mode: M, end: usize) {
+        let mut starts = [0; GROUP + 1];
+        let mut row = self.scratch();
+        let mut unit = self.units.start;
+        while unit < self.units.end {
+            let group = unit..self.units.end.min(unit + GROUP);
+            let starts = &mut starts[..=group.len()];
+            self.bags.starts(self.first + unit, starts);
+            if unit == self.units.start {
+                self.start(simd, starts[0], end);
+            }
+            if let Outputs::Fp32(out) = self.out {
+                for (bounds, unit) in starts.windows(2).zip(group.clone()) {
+                    mode.pool(simd, self, unit, bounds[0]..bounds[1], end, self.output(out, unit));
+                }
+            } else {
+                for (bounds, unit) in starts.windows(2).zip(group.clone()) {
+                    mode.pool(simd, self, unit, bounds[0]..bounds[1], end, &mut row);
+                    self.round(simd, &row, unit);
+                }
+            }
+            unit = group.end;
+        }
+    }
+
+    /// Copies the row of every id.
+    #[inline(always)]
+    fn each<S: Simd>(&self, simd: S, end: usize) {
+        let mut row = self.scratch();
+        self.start(simd, self.first + self.units.start, end);
+        for unit in self.units.clone() {
+            let position = self.first + unit;
+            self.prefetch::<S, 0>(simd, position + AHEAD, end);
+            let id = self.ids[position].row() as usize;
+            if let Outputs::Fp32(out) = self.out {
+                self.rows.copy(simd, id, self.output(out, unit));
+            } else {
+                self.rows.copy(simd, id, &mut row);
+                self.round(simd, &row, unit);
+            }
+        }
+    }
+
     /// Room for a row that is yet to be rounded to the output's precision.
     #[inline(always)]
-    fn scratch(&self) -> Vec<f32> {
+    fn scratch(&self) -> SmallVec<[f32; 256]> {
         let len = if matches!(self.out, Outputs::Fp32(_)) { 0 } else { self.rows.dim() };
-        vec![0.0; len]
+        SmallVec::from_elem(0.0, len)
+    }
+
+    /// Stores a row in the output's precision, where that is not fp32.
+    #[inline(always)]
+    fn round<S: Simd>(&self, simd: S, row: &[f32], unit: usize) {
+        match self.out {
+            Outputs::Fp32(_) => {}
+            Outputs::Fp16(out) => pack(simd, Fp16, row, self.output(out, unit)),
+            Outputs::Bf16(out) => pack(simd, Bf16, row, self.output(out, unit)),
+        }
     }
 
     #[inline(always)]
@@ -100,45 +170,52 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
         unsafe { out.piece(at..at + self.rows.dim()) }
     }
 
+    /// Starts to bring the first rows near.
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, simd: S, position: usize, end: usize) {
-        if position + AHEAD < end {
-            self.rows.prefetch(simd, self.ids[position + AHEAD].row());
+    fn start<S: Simd>(&self, simd: S, from: usize, end: usize) {
+        for position in from..end.min(from + AHEAD) {
+            self.prefetch::<S, 0>(simd, position, end);
         }
     }
 
-    /// Sum or mean of a bag.
+    /// Starts to bring near the row of the id at `position`, if that is before `end`.
     #[inline(always)]
-    fn sum<S: Simd, const WEIGHTED: bool>(&self, simd: S, unit: usize, end: usize, out: &mut [f32]) {
-        let bag = self.bags.bounds(self.first + unit);
-        let terms = BagRows::<_, _, WEIGHTED> {
-            pool: self,
-            end,
-            divisor: (self.pooling == Pooling::Mean)
-                .then(|| count(&self.ids[bag.clone()], self.padding).max(1) as f32),
-        };
-        sum(simd, &terms, bag, out);
+    fn prefetch<S: Simd, const COUNT: usize>(&self, simd: S, position: usize, end: usize) {
+        if position < end {
+            self.rows.prefetch::<S, COUNT>(simd, self.ids[position].row());
+        }
     }
+}
 
-    /// Elementwise maximum of a bag, and its places.
+/// Elementwise maximum of a bag, and its places.
+#[derive(Clone, Copy)]
+struct Max;
+
+impl Mode for Max {
     #[inline(always)]
-    fn max<S: Simd>(&self, simd: S, unit: usize, end: usize, out: &mut [f32]) {
-        let bag = self.bags.bounds(self.first + unit);
-        let dim = self.rows.dim();
+    fn pool<S: Simd, R: Rows, I: Id>(
+        &self,
+        simd: S,
+        of: &Pool<R, I>,
+        unit: usize,
+        bag: Range<usize>,
+        end: usize,
+        out: &mut [f32],
+    ) {
         let mut at = 0;
-        while at < dim {
+        while at < of.rows.dim() {
             let mut max = simd.splat(0.0);
             let mut places = simd.splat(f32::from_bits(u32::MAX)); // -1
             let mut empty = true;
             for position in bag.clone() {
-                let id = self.ids[position].row();
+                let id = of.ids[position].row();
                 if at == 0 {
-                    self.prefetch(simd, position, end);
+                    of.prefetch::<S, 0>(simd, position + AHEAD, end);
                 }
-                if id == self.padding {
+                if id == of.padding {
                     continue;
                 }
-                let row = self.rows.load_at(simd, id as usize, at);
+                let row = of.rows.load_at(simd, id as usize, at);
                 let place = simd.splat(f32::from_bits((position - bag.start) as u32));
                 if empty {
                     (max, places, empty) = (row, place, false);
@@ -149,29 +226,55 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
                 }
             }
             simd.store_at(out, at, max);
-            self.store_places(simd, unit, at, places);
+            if let Some(argmax) = of.argmax {
+                simd.store_at(of.output(argmax, unit), at, places);
+            }
             at += LANES;
         }
     }
+}
 
+/// Sum or mean of a bag; rows are `COUNT` vectors, or of any length where that is 0.
+#[derive(Clone, Copy)]
+struct Sum<R, const COUNT: usize, const WEIGHTED: bool> {
+    rows: R,
+}
+
+impl<Q: Rows, const COUNT: usize, const WEIGHTED: bool> Mode for Sum<Q, COUNT, WEIGHTED> {
     #[inline(always)]
-    fn store_places<S: Simd>(&self, simd: S, unit: usize, at: usize, places: S::V) {
-        if let Some(argmax) = self.argmax {
-            simd.store_at(self.output(argmax, unit), at, places);
+    fn pool<S: Simd, R: Rows, I: Id>(
+        &self,
+        simd: S,
+        of: &Pool<R, I>,
+        _unit: usize,
+        bag: Range<usize>,
+        end: usize,
+        out: &mut [f32],
+    ) {
+        let mean = of.pooling == Pooling::Mean;
+        let divisor = mean.then(|| count(&of.ids[bag.clone()], of.padding).max(1) as f32);
+        let terms = BagRows::<_, _, _, COUNT, WEIGHTED> { pool: of, rows: self.rows, end, divisor };
+        if COUNT == 0 {
+            sum(simd, &terms, bag, out);
+        } else {
+            block::<S, _, COUNT, true>(simd, &terms, bag, 0, &mut out[..COUNT * LANES]);
         }
     }
 }
 
 /// The rows of a bag, to be added up.
-struct BagRows<'a, R, I, const WEIGHTED: bool> {
+struct BagRows<'a, Q, R, I, const OF: usize, const WEIGHTED: bool> {
     pool: &'a Pool<'a, R, I>,
+    rows: Q,
     /// Where the ids of the piece end.
     end: usize,
     /// By what a mean divides.
     divisor: Option<f32>,
 }
 
-impl<R: Rows, I: Id, const WEIGHTED: bool> Terms for BagRows<'_, R, I, WEIGHTED> {
+impl<Q: Rows, R: Rows, I: Id, const OF: usize, const WEIGHTED: bool> Terms
+    for BagRows<'_, Q, R, I, OF, WEIGHTED>
+{
     #[inline(always)]
     fn add<S: Simd, const COUNT: usize, const WHOLE: bool>(
         &self,
@@ -181,14 +284,14 @@ impl<R: Rows, I: Id, const WEIGHTED: bool> Terms for BagRows<'_, R, I, WEIGHTED>
         sum: &mut [S::V; COUNT],
     ) {
         let pool = self.pool;
-        if at == 0 {
-            pool.prefetch(simd, position, self.end);
+        if at == 0 && position + AHEAD < self.end {
+            self.rows.prefetch::<S, OF>(simd, pool.ids[position + AHEAD].row());
         }
         let id = pool.ids[position].row();
         if id == pool.padding {
             return;
         }
-        let row = pool.rows.load::<S, COUNT, WHOLE>(simd, id as usize, at);
+        let row = self.rows.load::<S, COUNT, WHOLE>(simd, id as usize, at);
         match pool.bags.weights {
             Some(weights) if WEIGHTED => {
                 let weight = simd.splat(weights[position]);

@@ -96,8 +96,8 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn load_int4(self, from: &[u8; LANES / 2], codebook: &Lanes) -> Lanes {
-        lanes(|i| codebook[usize::from(from[i / 2] >> (i % 2 * 4) & 15)])
+    fn load_int4(self, from: &[u8; LANES / 2], of: Lanes) -> Lanes {
+        lanes(|i| of[usize::from(from[i / 2] >> (i % 2 * 4) & 15)])
     }
 
     #[inline(always)]

@@ -51,8 +51,8 @@ pub(crate) trait Simd: Copy {
     fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
     /// Codes of 8 bits, as numbers.
     fn load_int8(self, from: &[u8; LANES]) -> Self::V;
-    /// `codebook[code]` of codes of 4 bits, the low ones of a byte first.
-    fn load_int4(self, from: &[u8; LANES / 2], codebook: &Lanes) -> Self::V;
+    /// For codes of 4 bits, the low ones of a byte first, the lane of `of` that each is the number of.
+    fn load_int4(self, from: &[u8; LANES / 2], of: Self::V) -> Self::V;
     /// Codes of 2 bits, the low ones of a byte first, as numbers.
     fn load_int2(self, from: &[u8; LANES / 4]) -> Self::V;
     /// As half precision, to the nearest, ties to even; too large a number becomes infinite.

@@ -46,7 +46,7 @@ pub(crate) fn sum<S: Simd, T: Terms>(simd: S, terms: &T, range: Range<usize>, ou
 
 /// `COUNT` vectors of the sum.
 #[inline(always)]
-fn block<S: Simd, T: Terms, const COUNT: usize, const WHOLE: bool>(
+pub(crate) fn block<S: Simd, T: Terms, const COUNT: usize, const WHOLE: bool>(
     simd: S,
     terms: &T,
     range: Range<usize>,
