@@ -14,10 +14,11 @@ OPTIONS ?=
 WHEELS := target/wheels
 SOURCES := $(shell find rust python -name '*.rs' -o -name '*.py' -o -name '*.pyi' -o -name '*.toml') \
 	Cargo.toml Cargo.lock pyproject.toml README.md
-TORCH_VERSIONS ?= 2.6.0 newest
+TORCH_VERSIONS ?= 2.6.0 2.11.0 newest
+DOCS_VENV ?= .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel demo bench bench-rust bench-python test test-rust test-python test-torch test-fbgemm test-torchrec test-gpu test-neon lint format clean
+.PHONY: help wheel demo bench bench-rust bench-python test test-rust test-python test-torch test-fbgemm test-torchrec test-gpu test-neon lint docs format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -45,7 +46,7 @@ test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --doctest-modules --ignore-glob='*/sides/fbgemm_*.py' --pyargs dlrm_rs
 
-test-torch: $(WHEELS)/.built ## Run pytest on the one wheel under torch 2.6.0 and the newest
+test-torch: $(WHEELS)/.built ## Run pytest on the one wheel under torch 2.6.0, 2.11.0 and the newest
 	set -e; for version in $(TORCH_VERSIONS); do tests/run_with_torch.sh $$version $(WHEELS)/*.whl; done
 
 test-fbgemm: $(BENCH_VENV)/.installed ## Compare packed rows with FBGEMM's, byte for byte
@@ -72,13 +73,19 @@ lint: $(VENV)/.installed | cargo ## Check formatting, lints, types and the stub
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest dlrm_rs._dlrm_rs
 
+docs: ## Build the documentation into target/docs; a warning is an error
+	[ -d $(DOCS_VENV) ] || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --upgrade pip
+	$(DOCS_VENV)/bin/pip install --quiet --group docs
+	$(DOCS_VENV)/bin/mkdocs build --strict
+
 format: $(VENV)/.installed | cargo ## Format all code
 	cargo fmt
 	$(BIN)/ruff format python tests benches
 	$(BIN)/ruff check --fix python tests benches
 
 clean: ## Remove what was built
-	rm -rf target $(VENV) $(BENCH_VENV) .venv-torch-*
+	rm -rf target $(VENV) $(BENCH_VENV) $(DOCS_VENV) .venv-torch-*
 
 .PHONY: cargo
 cargo:

@@ -23,6 +23,7 @@ OPTIMIZERS: dict[str, dlrm_rs.optim.OptimizerSpec | None] = {
     "sgd": dlrm_rs.optim.SGD(lr=0.1),
     "adagrad": dlrm_rs.optim.Adagrad(lr=0.1),
     "rowwise_adagrad": dlrm_rs.optim.RowWiseAdagrad(lr=0.1),
+    "adam": dlrm_rs.optim.Adam(lr=0.1),
 }
 
 # torch's own, while it compiles.
