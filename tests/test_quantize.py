@@ -116,14 +116,11 @@ def test_a_backward_of_an_earlier_forward_does_not_read_other_rows() -> None:
         out.sum().backward()
 
 
-@pytest.mark.parametrize("short", [False, True])
-def test_all_or_nothing(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_or_nothing() -> None:
     tables = model()
     with torch.no_grad():
         tables["table"].weight[17, 3] = torch.inf  # type: ignore[operator]
     before = weights_of(tables)
-    if short:
-        forget_memory(monkeypatch)
     with pytest.raises(ValueError, match="table: row 17 of table 'embedding': expected finite numbers, got inf"):
         dlrm_rs.quantize(tables)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(tables).items())
@@ -131,30 +128,65 @@ def test_all_or_nothing(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [table.format_after for table in report.tables] == ["int8"] * 3
 
 
-def forget_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were room for the rows of one table at a time: the second encoding finds none, once."""
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("scale_dtype", [None, torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("number", [2.0**15, 65519.0, 65520.0, 2.0**125, 3e38, 3.4e38, -3.4e38, torch.nan, -torch.inf])
+def test_rows_are_checked_as_they_are_encoded(dtype: str, scale_dtype: torch.dtype | None, number: float) -> None:
+    tables = nn.ModuleDict({"sound": dlrm_rs.Embedding(5, 8), "bad": dlrm_rs.Embedding(1000, 8)})
+    alone = dlrm_rs.Embedding(1000, 8)
+    with torch.no_grad():
+        for table in (tables["bad"], alone):
+            table.weight.zero_()  # type: ignore[operator]
+            table.weight[700:702, 5] = number  # type: ignore[operator, index]
+    refused = []
+    for module in (tables, alone):  # one table is not checked, but encoded
+        try:
+            dlrm_rs.quantize(module, dtype, scale_dtype=scale_dtype)
+            refused.append("")
+        except ValueError as error:
+            refused.append(str(error).partition("row ")[2])
+    assert refused[0] == refused[1]
+    expected = dtype if not refused[0] else "fp32"
+    assert [table.row_formats() for table in tables.values()] == [{"embedding": expected}] * 2  # type: ignore[operator]
+
+
+def test_without_memory_for_a_table_those_before_it_are_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = model()
+    others = copy.deepcopy(tables)
     kind = sys.modules["dlrm_rs.quantization.quantize"]._Encoding
     encode, calls = kind.encode, []
 
-    def encode_or_fail(self: Any, table: Any, row_format: str) -> Any:
+    def encode_or_fail(self: Any, table: Any, *args: Any) -> Any:
         calls.append(table.name)
         if len(calls) == 2:
             raise MemoryError("cannot allocate a table")
-        return encode(self, table, row_format)
+        return encode(self, table, *args)
 
     monkeypatch.setattr(kind, "encode", encode_or_fail)
-
-
-def test_short_of_memory_tables_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = model()
-    others = copy.deepcopy(tables)
-    forget_memory(monkeypatch)
-    report = dlrm_rs.quantize(tables, "int4")
-    monkeypatch.undo()
-    assert report == dlrm_rs.quantize(others, "int4")
+    with pytest.raises(MemoryError, match="cannot allocate a table"):
+        dlrm_rs.quantize(tables, "int4")
+    formats = {**tables["bags"].row_formats(), **tables["table"].row_formats()}  # type: ignore[operator]
+    assert formats == {"a": "int4", "b": "fp32", "embedding": "fp32"}
+    dlrm_rs.quantize(tables, "int4")
+    dlrm_rs.quantize(others, "int4")
     assert all(
         torch.equal(a, b) for a, b in zip(tables.state_dict().values(), others.state_dict().values(), strict=True)
     )
+
+
+def test_the_next_rows_are_where_the_last_were_and_are_right() -> None:
+    configs = [dlrm_rs.EmbeddingBagConfig(name, 40_000, 64, [name]) for name in "abcdef"]
+    bags = dlrm_rs.EmbeddingBagCollection(configs)
+    before = weights_of(bags)
+    places = [tensor.data_ptr() for tensor in bags.parameters()]
+    held = bags.embedding_bags["b"].weight.detach()  # type: ignore[union-attr]
+    dlrm_rs.quantize(bags, "int8")
+    state = {name: tensor for name, tensor in bags.named_buffers() if name.endswith("codes")}
+    assert state["embedding_bags.b.weight_codes"].data_ptr() == places[0]
+    assert places[1] not in [tensor.data_ptr() for tensor in state.values()]
+    assert torch.equal(held, before["embedding_bags.b.weight"])
+    for name, tensor in decoded(bags).items():
+        assert (tensor - before[name]).norm() < 0.006 * before[name].norm()
 
 
 def test_rows_are_requantized_from_what_they_are() -> None:

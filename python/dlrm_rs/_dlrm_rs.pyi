@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 __all__ = [
     "Overlap",
     "Prepared",
+    "Spare",
     "TableRows",
     "TableSet",
     "__version__",
@@ -39,6 +40,14 @@ _Ids: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 _F32: TypeAlias = NDArray[np.float32]
 # Numbers of float32 or float16, or with int16 the bits of bfloat16, which NumPy has not.
 _Floats: TypeAlias = _F32 | NDArray[np.float16] | NDArray[np.int16]
+
+@final
+class Spare:
+    """Memory of a table that has been replaced, for the rows of the next: pages from the system would be cleared first."""
+
+    def __new__(cls) -> Spare: ...
+    def retire(self, rows: TableRows) -> None:
+        """Take the memory of rows, if nobody looks at it any more and it is more than is here."""
 
 @final
 class TableRows:
@@ -141,9 +150,20 @@ class TableSet:
         """What the codes of int4 rows mean, `(16,)`; `None` where that is their own numbers."""
 
     def encode(
-        self, table: int, row_format: str, method: str, scale_format: str | None, zero_not_finite: bool
+        self,
+        table: int,
+        row_format: str,
+        method: str,
+        scale_format: str | None,
+        zero_not_finite: bool,
+        spare: Spare | None,
     ) -> tuple[TableRows, _F32, float]:
-        """As `TableRows.encode`, of the rows of a table, which stay as they are."""
+        """As `TableRows.encode`, of the rows of a table, which stay as they are; in spare memory where that is enough."""
+
+    def check_encoding(
+        self, table: int, row_format: str, method: str, scale_format: str | None, zero_not_finite: bool
+    ) -> None:
+        """Refuse rows that `encode` refuses, and make none."""
 
     def swap_rows(self, table: int, rows: TableRows) -> TableRows:
         """Put rows of the same shape in the place of those of a table, and return these.

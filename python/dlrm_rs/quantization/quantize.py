@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from dlrm_rs._dlrm_rs import TableRows
+from dlrm_rs._dlrm_rs import Spare, TableRows
 from dlrm_rs.owner import HoldsWeight, OwnsTables
 from dlrm_rs.quantization.budget import Budget, Choice, TableSizes
 from dlrm_rs.quantization.progress import Progress, progress_bar
@@ -72,14 +72,28 @@ class _Encoding(NamedTuple):
     scale_format: str | None
     zero_nonfinite: bool
 
-    def encode(self, table: _Table, row_format: str) -> _Encoded:
+    def encode(self, table: _Table, row_format: str, spare: Spare | None = None) -> _Encoded:
+        with _named(table):
+            return _Encoded(*table.tables.handle.encode(*self._of(table, row_format), spare))
+
+    def check(self, table: _Table, row_format: str) -> None:
+        """Refuse what `encode` refuses."""
+        with _named(table):
+            table.tables.handle.check_encoding(*self._of(table, row_format))
+
+    def _of(self, table: _Table, row_format: str) -> tuple[int, str, str, str | None, bool]:
         table.tables.weights()  # what the user has put into a weight is to be in the engine
         method = self.method or METHODS.get(row_format, "minmax")
-        handle = table.tables.handle
-        try:
-            return _Encoded(*handle.encode(table.place, row_format, method, self.scale_format, self.zero_nonfinite))
-        except ValueError as error:
-            raise ValueError(f"{table.name}: {error}") from error  # the engine knows not where in the model it is
+        return table.place, row_format, method, self.scale_format, self.zero_nonfinite
+
+
+@contextmanager
+def _named(table: _Table) -> Iterator[None]:
+    """Have errors name the table as the model does, which the engine does not know."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{table.name}: {error}") from error
 
 
 def quantize(
@@ -102,8 +116,8 @@ def quantize(
 
     Whoever holds the old `weight`, such as a torch optimizer, keeps it and its memory: let go of it first.
 
-    Memory: the new rows, beside the old ones until all are made. Where that does not fit, every table is encoded twice,
-    once to see that it can be, and the old rows are freed table by table.
+    Memory: the new rows of one table, and 4 bytes for each row of all. All rows are looked at first, and refused if one
+    cannot be encoded; then table by table is replaced, the next one's rows made where those of the last were.
 
     Args:
         module: A model with tables of `dlrm_rs` in it.
@@ -130,8 +144,8 @@ def quantize(
         ValueError: No tables of `dlrm_rs` in the model; a NaN or an infinity in a row, or a number that the row format
             cannot hold, by table and row; options that do not go together; weights that do not fit the tables.
         TypeError: There is no such row format.
-        MemoryError: Not enough for the rows of one more table. In all cases the model is as it was, but where memory
-            that was there when all was checked is gone afterwards: tables before that one are quantized then.
+        MemoryError: Not enough for the new rows of a table. Tables before that one are quantized then, each whole; so
+            they are after a KeyboardInterrupt. In all other cases the model is as it was.
 
     Example:
         >>> import torch, dlrm_rs
@@ -178,7 +192,7 @@ def dequantize(module: ModuleT, dtype: torch.dtype | str = "fp32") -> ModuleT:
     Raises:
         ValueError: No tables of `dlrm_rs` in the model, or numbers that the row format cannot hold.
         TypeError: There is no such row format, or it is a quantized one.
-        MemoryError: Not enough for the rows of one more table.
+        MemoryError: As of `quantize`.
 
     Example:
         >>> import dlrm_rs
@@ -271,31 +285,24 @@ def _apply(
     choice: Choice | None,
     bar: Progress,
 ) -> QuantizationReport:
-    """Bring every table into its format, or none at all."""
+    """Bring every table into its format, or none at all where rows are refused."""
     # Rows that are in their format already are encoded again only where the user says how rows are to be encoded.
     again = QUANTIZED if choice is None and encoding != _PLAIN else ()
     changing = [t for t in tables if t.row_format != formats[t.name] or t.row_format in again]
-    made: dict[str, _Encoded] = {}
-    try:
-        for table in bar.of("Encoding", changing, _bytes_of):
-            made[table.name] = encoding.encode(table, formats[table.name])
-    except MemoryError:
-        made.clear()
+    if len(changing) > 1:  # one alone is refused before it is replaced
         for table in bar.of("Checking", changing, _bytes_of):
-            encoding.encode(table, formats[table.name])
-    builder = ReportBuilder()
+            encoding.check(table, formats[table.name])
+    builder, spare = ReportBuilder(), Spare()
     for table in bar.of("Replacing", tables, _bytes_of):
-        before, bytes_before = table.row_format, table.bytes_now()
-        errors, largest_error = np.zeros(table.shape[0], np.float32), 0.0
-        if table in changing:
-            encoded = made.pop(table.name, None) or encoding.encode(table, formats[table.name])
-            table.tables.swap(table.place, encoded.rows, formats[table.name])  # what was there is freed
-            errors, largest_error = encoded.errors, encoded.largest_error
-        change = TableChange(table.name, *table.shape, before, table.row_format, bytes_before, table.bytes_now())
-        builder.add(change, errors, largest_error, weights.get(table.name))
-    for table in tables:
-        if any(name != "fp32" for name in table.tables.row_formats):
-            table.tables.drop_optimizer()  # which trains fp32 rows alone
+        row_format, before, bytes_before = formats[table.name], table.row_format, table.bytes_now()
+        encoded = encoding.encode(table, row_format, spare) if table in changing else None
+        if row_format != "fp32":
+            table.tables.drop_optimizer()  # which trains fp32 rows alone, and holds the old ones
+        if encoded is not None:
+            spare.retire(table.tables.swap(table.place, encoded.rows, row_format).rows)
+        change = TableChange(table.name, *table.shape, before, row_format, bytes_before, table.bytes_now())
+        errors = np.zeros(table.shape[0], np.float32) if encoded is None else encoded.errors
+        builder.add(change, errors, 0.0 if encoded is None else encoded.largest_error, weights.get(table.name))
     return builder.build(choice)
 
 

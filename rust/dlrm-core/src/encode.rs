@@ -9,12 +9,14 @@ use crate::codebook;
 use crate::disjoint::Disjoint;
 use crate::kernels::compare::Compare;
 use crate::kernels::decode::Decode;
-use crate::kernels::encode::{Encode, Search};
+use crate::kernels::encode::{Encode, Refused, Search};
+use crate::kernels::within::Within;
 use crate::kernels::{LANES, Lanes};
 use crate::memory::{check_available, zeros};
 use crate::rows::with_rows;
 use crate::scales::ScaleFormat;
-use crate::table_rows::{RowsMut, RowsRef, TableRows};
+use crate::spare::Spare;
+use crate::table_rows::{RowsMut, RowsRef, TableRows, pair_bytes};
 use crate::{Context, Error, Level, Result, RowFormat, TableSpec, named, threads};
 
 /// How the scale and the bias of a row are found.
@@ -112,19 +114,23 @@ impl TableRows {
             let argument = format!("rows of table '{}'", spec.name);
             return Err(Error::argument(argument, format_args!("{expected} elements"), source.len()));
         }
-        encode(RowsRef::fp32(source, spec.dim), spec, encoding, ctx)
+        encode(RowsRef::fp32(source, spec.dim), spec, encoding, &mut Spare::default(), ctx)
     }
 }
 
-/// The same, from rows of any format.
+/// The same, from rows of any format, in spare memory where that is enough.
 pub(crate) fn encode(
     source: RowsRef,
     spec: &TableSpec,
     encoding: Encoding,
+    spare: &mut Spare,
     ctx: &Context,
 ) -> Result<Encoded> {
     encoding.check()?;
-    check_available(spec.rows as u128 * encoding.format.row_bytes(spec.dim) as u128, &spec.to_string())?;
+    let bytes = spec.rows as u128 * encoding.format.row_bytes(spec.dim) as u128;
+    if bytes > spare.bytes() as u128 {
+        check_available(bytes, &spec.to_string())?;
+    }
     let search = match encoding.method {
         Method::MinMax => Search::MinMax,
         Method::LeastSquares => Search::LeastSquares,
@@ -132,9 +138,9 @@ pub(crate) fn encode(
             Search::Codebook(codebook::train(source, spec.rows, encoding.zero_not_finite, ctx))
         }
     };
-    let attempt = |scales, precise| {
+    let mut attempt = |scales, precise| {
         let call = Call { source, spec, search, precise, zero: encoding.zero_not_finite };
-        call.run(encoding.format, scales, ctx)
+        call.run(encoding.format, scales, spare, ctx)
     };
     match encoding.scales {
         None if encoding.format.is_quantized() => match attempt(ScaleFormat::Fp16, true) {
@@ -144,6 +150,16 @@ pub(crate) fn encode(
         scales => attempt(scales.unwrap_or(ScaleFormat::Fp16), false),
     }
     .map_err(|failure| failure.describe(source, spec, encoding))
+}
+
+/// Refuses what [`encode`] refuses, and makes nothing.
+pub(crate) fn check(source: RowsRef, spec: &TableSpec, encoding: Encoding, ctx: &Context) -> Result<()> {
+    encoding.check()?;
+    // What scales are refused for is the same with every search: those of minmax.
+    let call = Call { source, spec, search: Search::MinMax, precise: false, zero: encoding.zero_not_finite };
+    // Which hold more than fp16 does, that is tried first.
+    let scales = encoding.scales.unwrap_or(ScaleFormat::Bf16);
+    call.check(encoding.format, scales, ctx).map_err(|failure| failure.describe(source, spec, encoding))
 }
 
 /// Why rows could not be encoded.
@@ -213,10 +229,11 @@ impl Call<'_> {
         &self,
         format: RowFormat,
         scales: ScaleFormat,
+        spare: &mut Spare,
         ctx: &Context,
     ) -> std::result::Result<Encoded, Failure> {
         let TableSpec { rows, dim, .. } = *self.spec;
-        let mut made = TableRows::mapped((rows, dim), format, scales, &self.spec.to_string())?;
+        let mut made = spare.rows((rows, dim), format, scales, &self.spec.to_string())?;
         if let Search::Codebook(codebook) = self.search {
             made.codebook = codebook.numbers;
         }
@@ -232,17 +249,119 @@ impl Call<'_> {
             scales: Disjoint::new(made.scales.as_mut_slice()),
             errors: Disjoint::new(&mut errors),
             largest_error: AtomicU32::new(0),
-            not_finite: AtomicUsize::new(usize::MAX),
-            not_held: AtomicUsize::new(usize::MAX),
+            refused: LowestRefused::new(),
         };
+        self.for_each_part(ctx, |rows, block| pass.rows(rows, block))?;
+        let largest_error = pass.finish()?;
+        Ok(Encoded { rows: made, errors, largest_error })
+    }
+
+    /// Whether all rows can be encoded.
+    fn check(
+        &self,
+        format: RowFormat,
+        scales: ScaleFormat,
+        ctx: &Context,
+    ) -> std::result::Result<(), Failure> {
+        let (level, lowest) = (ctx.level, LowestRefused::new());
+        self.for_each_part(ctx, |rows, block| {
+            let mut scratch = Vec::new();
+            for rows in blocks(rows, block) {
+                let source = self.source(level, rows.clone(), &mut scratch);
+                if !level.run(Within { numbers: source, largest: surely_held(format, scales) }) {
+                    lowest.add(rows.start, self.try_encode(level, source, format, scales));
+                }
+            }
+        })?;
+        lowest.finish()
+    }
+
+    /// What is refused of some rows, which are encoded for it.
+    fn try_encode(&self, level: Level, source: &[f32], format: RowFormat, scales: ScaleFormat) -> Refused {
+        let dim = self.spec.dim;
+        let rows = source.len() / dim;
+        // Words, as elements and scales are to be aligned.
+        let words = |row_bytes: usize| vec![0_u32; (rows * row_bytes).div_ceil(size_of::<u32>())];
+        let [row_bytes, scale_bytes] = [format.row_bytes(dim), pair_bytes(format, scales)];
+        let (mut elements, mut pairs) = (words(row_bytes), words(scale_bytes));
+        let into = RowsMut {
+            format,
+            dim,
+            elements: &mut bytemuck::cast_slice_mut(&mut elements)[..rows * row_bytes],
+            scales: &mut bytemuck::cast_slice_mut(&mut pairs)[..rows * scale_bytes],
+            scale_format: scales,
+        };
+        level.run(Encode { source, into, search: self.search, precise: self.precise })
+    }
+
+    /// Calls `run` with some rows and how many of them are a block, until all have been in one call.
+    fn for_each_part(&self, ctx: &Context, run: impl Fn(Range<usize>, usize) + Sync) -> Result<()> {
+        let TableSpec { rows, dim, .. } = *self.spec;
         let block = (BLOCK / size_of::<f32>() / dim).max(1);
         let part = block * BLOCKS;
         let lines = (rows * dim).div_ceil(LANES);
         threads::for_each(ctx, rows.div_ceil(part), lines, |i| {
-            pass.rows(i * part..rows.min((i + 1) * part), block);
-        })?;
-        let largest_error = pass.finish()?;
-        Ok(Encoded { rows: made, errors, largest_error })
+            run(i * part..rows.min((i + 1) * part), block);
+        })
+    }
+
+    /// Rows as fp32, in `scratch` unless they are so already.
+    fn source<'b>(&'b self, level: Level, rows: Range<usize>, scratch: &'b mut Vec<f32>) -> &'b [f32] {
+        let Call { source, zero, .. } = *self;
+        let elements = rows.start * source.dim..rows.end * source.dim;
+        if source.format == RowFormat::Fp32 && !zero {
+            return &bytemuck::cast_slice(source.elements)[elements];
+        }
+        scratch.resize(elements.len(), 0.0);
+        with_rows!(source, |of| level.run(Decode { rows: of, first: rows.start, into: scratch }));
+        for x in scratch.iter_mut().filter(|x| zero && !x.is_finite()) {
+            *x = 0.0;
+        }
+        scratch
+    }
+}
+
+/// A size up to which a format holds all numbers, and scale and bias of all rows of such. It may hold some that are larger.
+fn surely_held(format: RowFormat, scales: ScaleFormat) -> f32 {
+    let of_fp16 = format == RowFormat::Fp16 || (format.is_quantized() && scales == ScaleFormat::Fp16);
+    if of_fp16 { 2.0_f32.powi(15) } else { 2.0_f32.powi(125) }
+}
+
+/// Rows, `block` at a time.
+fn blocks(rows: Range<usize>, block: usize) -> impl Iterator<Item = Range<usize>> {
+    rows.clone().step_by(block).map(move |first| first..rows.end.min(first + block))
+}
+
+/// The lowest row of each kind of failure, of all that threads find.
+struct LowestRefused {
+    not_finite: AtomicUsize,
+    not_held: AtomicUsize,
+}
+
+impl LowestRefused {
+    fn new() -> Self {
+        Self { not_finite: AtomicUsize::new(usize::MAX), not_held: AtomicUsize::new(usize::MAX) }
+    }
+
+    /// Counts what is refused of rows from `first` on.
+    fn add(&self, first: usize, refused: Refused) {
+        for (row, lowest) in [(refused.not_finite, &self.not_finite), (refused.not_held, &self.not_held)] {
+            if let Some(row) = row {
+                lowest.fetch_min(first + row, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn any_not_held(&self) -> bool {
+        self.not_held.load(Ordering::Relaxed) < usize::MAX
+    }
+
+    fn finish(self) -> std::result::Result<(), Failure> {
+        match (self.not_finite.into_inner(), self.not_held.into_inner()) {
+            (usize::MAX, usize::MAX) => Ok(()),
+            (usize::MAX, row) => Err(Failure::NotHeld(row)),
+            (row, _) => Err(Failure::NotFinite(row)),
+        }
     }
 }
 
@@ -265,38 +384,20 @@ struct Pass<'a> {
     errors: Disjoint<'a, f32>,
     /// Its bits, which are in the order of the numbers since these are not negative.
     largest_error: AtomicU32,
-    /// The lowest row of each kind of failure.
-    not_finite: AtomicUsize,
-    not_held: AtomicUsize,
+    refused: LowestRefused,
 }
 
 impl Pass<'_> {
     /// Encodes and compares some rows, `block` at a time.
     fn rows(&self, rows: Range<usize>, block: usize) {
-        if self.call.precise && self.not_held.load(Ordering::Relaxed) < usize::MAX {
+        if self.call.precise && self.refused.any_not_held() {
             return; // other scales are tried next, for all rows
         }
         let mut scratch = Vec::new();
-        for first in rows.clone().step_by(block) {
-            let block = first..rows.end.min(first + block);
-            let source = self.source(block.clone(), &mut scratch);
+        for block in blocks(rows, block) {
+            let source = self.call.source(self.level, block.clone(), &mut scratch);
             self.block(block, source);
         }
-    }
-
-    /// Rows as fp32, in `scratch` unless they are so already.
-    fn source<'a>(&'a self, rows: Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        let Call { source, zero, .. } = *self.call;
-        let elements = rows.start * source.dim..rows.end * source.dim;
-        if source.format == RowFormat::Fp32 && !zero {
-            return &bytemuck::cast_slice(source.elements)[elements];
-        }
-        scratch.resize(elements.len(), 0.0);
-        with_rows!(source, |of| self.level.run(Decode { rows: of, first: rows.start, into: scratch }));
-        for x in scratch.iter_mut().filter(|x| zero && !x.is_finite()) {
-            *x = 0.0;
-        }
-        scratch
     }
 
     fn block(&self, rows: Range<usize>, source: &[f32]) {
@@ -315,9 +416,7 @@ impl Pass<'_> {
         let into = RowsMut { format, dim, elements, scales, scale_format };
         let Call { search, precise, .. } = *self.call;
         let refused = self.level.run(Encode { source, into, search, precise });
-        for (row, lowest) in [(refused.not_finite, &self.not_finite), (refused.not_held, &self.not_held)] {
-            lowest.fetch_min(row.map_or(usize::MAX, |row| rows.start + row), Ordering::Relaxed);
-        }
+        self.refused.add(rows.start, refused);
         let made = RowsRef { format, dim, elements, scales, scale_format, codebook };
         let largest = with_rows!(made, |rows| self.level.run(Compare { source, rows, errors }));
         self.largest_error.fetch_max(largest.to_bits(), Ordering::Relaxed);
@@ -325,10 +424,7 @@ impl Pass<'_> {
 
     /// The largest error, if there was no failure.
     fn finish(self) -> std::result::Result<f32, Failure> {
-        match (self.not_finite.into_inner(), self.not_held.into_inner()) {
-            (usize::MAX, usize::MAX) => Ok(f32::from_bits(self.largest_error.into_inner())),
-            (usize::MAX, row) => Err(Failure::NotHeld(row)),
-            (row, _) => Err(Failure::NotFinite(row)),
-        }
+        self.refused.finish()?;
+        Ok(f32::from_bits(self.largest_error.into_inner()))
     }
 }

@@ -13,13 +13,11 @@ use std::any::Any;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use memmap2::{Advice, MmapMut, MmapRaw};
 use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
 use crate::disjoint::Disjoint;
+use crate::mapping::{HUGE_PAGE, Mapping};
 use crate::{Context, Error, Result, threads};
-
-const HUGE_PAGE: usize = 2 << 20;
 
 /// Bytes that are read and written as elements of any type; mapped ones are zero at first.
 pub(crate) struct Memory {
@@ -39,7 +37,7 @@ unsafe impl Sync for Memory {}
 
 /// Keeps memory in place for those who were given its address, also after its table has moved on.
 #[derive(Clone)]
-pub struct Keeper(#[expect(dead_code, reason = "it is held, not used")] Arc<dyn Any + Send + Sync>);
+pub struct Keeper(Arc<dyn Any + Send + Sync>);
 
 /// Memory of someone else's, to be used where it is.
 pub struct Borrowed(Memory);
@@ -85,14 +83,20 @@ impl Memory {
             .ok()
             .filter(|&bytes| bytes < isize::MAX as usize - HUGE_PAGE)
             .ok_or_else(|| refuse("more than an address space holds".to_owned()))?;
-        let slack = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 0 };
-        let map = MmapMut::map_anon((bytes + slack).max(1)).map_err(|e| refuse(e.to_string()))?;
-        let start = if slack > 0 { map.as_ptr().align_offset(HUGE_PAGE) } else { 0 };
-        let map = MmapRaw::from(map);
-        ask_for_huge_pages(&map, start, bytes);
-        // SAFETY: `start` is below `slack`, by which the map is longer than `bytes`.
-        let first = unsafe { map.as_mut_ptr().add(start) };
-        Ok(Self { start: first, len: bytes, keeper: Keeper(Arc::new(map)) })
+        let mapping = Mapping::new(bytes).map_err(|e| refuse(e.to_string()))?;
+        let start = mapping.place(bytes).expect("a mapping for as many bytes");
+        Ok(Self { start, len: bytes, keeper: Keeper(Arc::new(mapping)) })
+    }
+
+    /// `len` bytes of any content at the front of `mapping`, which is left what is behind them; none if it is too short.
+    pub(crate) fn in_mapping(mapping: &mut Mapping, len: usize) -> Option<Self> {
+        let start = mapping.place(len)?;
+        Some(Self { start, len, keeper: Keeper(Arc::new(mapping.take(len))) })
+    }
+
+    /// Its pages, if they are the system's and nobody was given their address that still keeps it.
+    pub(crate) fn into_mapping(self) -> Option<Mapping> {
+        Arc::into_inner(self.keeper.0.downcast().ok()?)
     }
 
     /// Has the system give all of it now.
@@ -127,18 +131,6 @@ impl Memory {
     /// What keeps it in place.
     pub(crate) fn keeper(&self) -> Keeper {
         self.keeper.clone()
-    }
-}
-
-/// For `len` bytes from `start` on.
-fn ask_for_huge_pages(map: &MmapRaw, start: usize, len: usize) {
-    #[cfg(target_os = "linux")]
-    {
-        let whole = len / HUGE_PAGE * HUGE_PAGE;
-        let end = start + whole;
-        // A kernel without huge pages refuses; the memory is as good without, only slower.
-        let _ = map.advise_range(Advice::HugePage, start, whole);
-        let _ = map.advise_range(Advice::NoHugePage, end, map.len() - end);
     }
 }
 

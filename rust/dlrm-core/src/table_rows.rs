@@ -45,17 +45,27 @@ impl TableRows {
 
     /// The same, untouched, for what will write all of it.
     pub(crate) fn mapped(
-        (rows, dim): (usize, usize),
+        shape: (usize, usize),
         format: RowFormat,
         scales: ScaleFormat,
         what: &str,
+    ) -> Result<Self> {
+        Self::made_of(shape, format, scales, |rows, row_bytes| Memory::mapped(rows, row_bytes, what))
+    }
+
+    /// Rows in memory that `memory` gives, for a number of rows and the bytes of each: elements first, then scales.
+    pub(crate) fn made_of(
+        (rows, dim): (usize, usize),
+        format: RowFormat,
+        scales: ScaleFormat,
+        mut memory: impl FnMut(usize, usize) -> Result<Memory>,
     ) -> Result<Self> {
         Ok(Self {
             rows,
             dim,
             format,
-            elements: Memory::mapped(rows, format.row_bytes(dim), what)?,
-            scales: Memory::mapped(rows, pair_bytes(format, scales), what)?,
+            elements: memory(rows, format.row_bytes(dim))?,
+            scales: memory(rows, pair_bytes(format, scales))?,
             scale_format: scales,
             codebook: UNIFORM,
         })

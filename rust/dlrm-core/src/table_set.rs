@@ -7,6 +7,7 @@ use crate::guarded::Guarded;
 use crate::memory::{Keeper, check_available};
 use crate::optimizers::Kind;
 use crate::per_feature::PerFeature;
+use crate::spare::Spare;
 use crate::table::{Table, TableMemory, TableSpec};
 use crate::table_rows::TableRows;
 use crate::{Bags, Context, Error, Pooling, Result, RowFormat};
@@ -167,9 +168,28 @@ impl TableSet {
 
     /// Makes rows of another format of those of a table, which stay as they are.
     pub fn encode(&self, table: usize, encoding: Encoding, ctx: &Context) -> Result<Encoded> {
+        self.encode_in(&mut Spare::default(), table, encoding, ctx)
+    }
+
+    /// The same, in spare memory where that is enough.
+    pub fn encode_in(
+        &self,
+        spare: &mut Spare,
+        table: usize,
+        encoding: Encoding,
+        ctx: &Context,
+    ) -> Result<Encoded> {
         self.tables.read(|tables| {
             let Table { spec, rows, .. } = &tables[table];
-            encode::encode(rows.as_ref(), spec, encoding, ctx)
+            encode::encode(rows.as_ref(), spec, encoding, spare, ctx)
+        })?
+    }
+
+    /// Refuses rows that [`TableSet::encode`] refuses, and makes none.
+    pub fn check_encoding(&self, table: usize, encoding: Encoding, ctx: &Context) -> Result<()> {
+        self.tables.read(|tables| {
+            let Table { spec, rows, .. } = &tables[table];
+            encode::check(rows.as_ref(), spec, encoding, ctx)
         })?
     }
 

@@ -20,7 +20,7 @@ mod _dlrm_rs {
     #[pymodule_export]
     use crate::runtime::{get_num_threads, info, set_num_threads, set_simd};
     #[pymodule_export]
-    use crate::table_rows::TableRows;
+    use crate::table_rows::{Spare, TableRows};
     #[pymodule_export]
     use crate::table_set::TableSet;
 

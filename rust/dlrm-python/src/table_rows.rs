@@ -1,6 +1,6 @@
 //! The rows of one table outside a set: made of other rows, of packed ones or of their parts, to be put into a set.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dlrm_core::{Encoded, Encoding, Layout, Result, RowFormat, ScaleFormat, TableSpec};
 use half::f16;
@@ -34,6 +34,31 @@ impl TableRows {
     pub(crate) fn take(&self) -> PyResult<dlrm_core::TableRows> {
         let rows = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         rows.ok_or_else(|| PyValueError::new_err("rows: expected rows, got those that a table has taken"))
+    }
+}
+
+/// Memory of rows that are gone, for the next.
+#[pyclass(frozen, module = "dlrm_rs._dlrm_rs")]
+#[derive(Default)]
+pub(crate) struct Spare(Mutex<dlrm_core::Spare>);
+
+impl Spare {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, dlrm_core::Spare> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl Spare {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    fn retire(&self, py: Python<'_>, rows: &TableRows) -> PyResult<()> {
+        let rows = rows.take()?;
+        py.detach(|| self.lock().retire(rows));
+        Ok(())
     }
 }
 

@@ -13,7 +13,7 @@ use pyo3::types::{PyDict, PyMapping};
 use crate::arrays::{BagArrays, OutputArray, input, output};
 use crate::call::call;
 use crate::error::BindingError;
-use crate::table_rows::{TableRows, WithErrors, encoding};
+use crate::table_rows::{Spare, TableRows, WithErrors, encoding};
 use crate::views::{self, Kept};
 
 type Array2<'py> = Bound<'py, PyArray2<f32>>;
@@ -92,11 +92,30 @@ impl TableSet {
         method: &str,
         scale_format: Option<&str>,
         zero_not_finite: bool,
+        spare: Option<PyRef<'py, Spare>>,
     ) -> PyResult<WithErrors<'py>> {
         self.spec(table)?;
         let encoding = encoding(row_format, method, scale_format, zero_not_finite)?;
-        let encoded = call(py, |ctx| self.0.encode(table, encoding, ctx))?;
+        let spare = spare.as_deref();
+        let encoded = call(py, |ctx| match spare {
+            Some(spare) => self.0.encode_in(&mut spare.lock(), table, encoding, ctx),
+            None => self.0.encode(table, encoding, ctx),
+        })?;
         Ok(TableRows::with_errors(py, encoded))
+    }
+
+    fn check_encoding(
+        &self,
+        py: Python<'_>,
+        table: usize,
+        row_format: &str,
+        method: &str,
+        scale_format: Option<&str>,
+        zero_not_finite: bool,
+    ) -> PyResult<()> {
+        self.spec(table)?;
+        let encoding = encoding(row_format, method, scale_format, zero_not_finite)?;
+        call(py, |ctx| self.0.check_encoding(table, encoding, ctx))
     }
 
     fn swap_rows(&self, py: Python<'_>, table: usize, rows: &TableRows) -> PyResult<TableRows> {

@@ -25,5 +25,6 @@ pub(crate) mod sum;
 pub(crate) mod touch;
 pub(crate) mod touched;
 pub(crate) mod train;
+pub(crate) mod within;
 
 pub(crate) use simd::{Kernel, LANES, Lanes, Simd};
