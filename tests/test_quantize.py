@@ -137,7 +137,7 @@ def test_rows_are_checked_as_they_are_encoded(dtype: str, scale_dtype: torch.dty
     with torch.no_grad():
         for table in (tables["bad"], alone):
             table.weight.zero_()  # type: ignore[operator]
-            table.weight[700:702, 5] = number  # type: ignore[operator, index]
+            table.weight[700:702, 5] = number  # type: ignore[operator]
     refused = []
     for module in (tables, alone):  # one table is not checked, but encoded
         try:
@@ -179,7 +179,7 @@ def test_the_next_rows_are_where_the_last_were_and_are_right() -> None:
     bags = dlrm_rs.EmbeddingBagCollection(configs)
     before = weights_of(bags)
     places = [tensor.data_ptr() for tensor in bags.parameters()]
-    held = bags.embedding_bags["b"].weight.detach()  # type: ignore[union-attr]
+    held = bags.get_parameter("embedding_bags.b.weight").detach()
     dlrm_rs.quantize(bags, "int8")
     state = {name: tensor for name, tensor in bags.named_buffers() if name.endswith("codes")}
     assert state["embedding_bags.b.weight_codes"].data_ptr() == places[0]

@@ -1,7 +1,7 @@
 //! A table's rows brought into another row format.
 
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
@@ -12,7 +12,7 @@ use crate::kernels::decode::Decode;
 use crate::kernels::encode::{Encode, Refused, Search};
 use crate::kernels::within::Within;
 use crate::kernels::{LANES, Lanes};
-use crate::memory::{check_available, zeros};
+use crate::memory::{Keeper, Memory, check_available};
 use crate::rows::with_rows;
 use crate::scales::ScaleFormat;
 use crate::spare::Spare;
@@ -98,9 +98,28 @@ pub struct Encoded {
     pub rows: TableRows,
     /// The relative L2 error of every row, `(N,)`: the norm of the difference by the norm of the row; 0 where nothing
     /// differs.
-    pub errors: Vec<f32>,
+    pub errors: RowErrors,
     /// The largest absolute error of an element.
     pub largest_error: f32,
+}
+
+/// A number for each row.
+pub struct RowErrors(Memory);
+
+impl RowErrors {
+    /// The numbers, and what keeps them in memory for whoever keeps the address.
+    #[must_use]
+    pub fn kept(&self) -> (&[f32], Keeper) {
+        (self, self.0.keeper())
+    }
+}
+
+impl Deref for RowErrors {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.0.as_slice()
+    }
 }
 
 impl TableRows {
@@ -237,7 +256,7 @@ impl Call<'_> {
         if let Search::Codebook(codebook) = self.search {
             made.codebook = codebook.numbers;
         }
-        let mut errors: Vec<f32> = zeros(rows, "the errors of rows")?;
+        let mut errors = spare.memory(rows, size_of::<f32>(), "the errors of rows")?;
         let pass = Pass {
             call: self,
             level: ctx.level,
@@ -247,13 +266,13 @@ impl Call<'_> {
             codebook: made.codebook,
             elements: Disjoint::new(made.elements.as_mut_slice()),
             scales: Disjoint::new(made.scales.as_mut_slice()),
-            errors: Disjoint::new(&mut errors),
+            errors: Disjoint::new(errors.as_mut_slice()),
             largest_error: AtomicU32::new(0),
             refused: LowestRefused::new(),
         };
         self.for_each_part(ctx, |rows, block| pass.rows(rows, block))?;
         let largest_error = pass.finish()?;
-        Ok(Encoded { rows: made, errors, largest_error })
+        Ok(Encoded { rows: made, errors: RowErrors(errors), largest_error })
     }
 
     /// Whether all rows can be encoded.

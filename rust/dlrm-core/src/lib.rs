@@ -61,7 +61,7 @@ mod weights;
 
 pub use bags::{Bags, Ids, Offsets};
 pub use context::Context;
-pub use encode::{Encoded, Encoding, Method};
+pub use encode::{Encoded, Encoding, Method, RowErrors};
 pub use error::{Error, Result};
 pub use gradient::{Gradient, SparseRows};
 pub use level::Level;

@@ -36,10 +36,13 @@ impl Spare {
         scales: ScaleFormat,
         what: &str,
     ) -> Result<TableRows> {
-        TableRows::made_of(shape, format, scales, |rows, row_bytes| {
-            let spare = self.0.as_mut().and_then(|mapping| Memory::in_mapping(mapping, rows * row_bytes));
-            spare.map_or_else(|| Memory::mapped(rows, row_bytes, what), Ok)
-        })
+        TableRows::made_of(shape, format, scales, |rows, row_bytes| self.memory(rows, row_bytes, what))
+    }
+
+    /// `rows * row_bytes` bytes, likewise.
+    pub(crate) fn memory(&mut self, rows: usize, row_bytes: usize, what: &str) -> Result<Memory> {
+        let spare = self.0.as_mut().and_then(|mapping| Memory::in_mapping(mapping, rows * row_bytes));
+        spare.map_or_else(|| Memory::mapped(rows, row_bytes, what), Ok)
     }
 }
 
@@ -66,7 +69,7 @@ mod tests {
         spare.retire(old);
         let mut made = [int8(&mut spare), int8(&mut spare), int8(&mut spare)];
         assert_eq!(made[0].elements().0.as_ptr(), first);
-        for (byte, rows) in (1..).zip(&mut made) {
+        for (byte, rows) in (1_u8..).zip(&mut made) {
             rows.elements.as_mut_slice().fill(byte);
             rows.scales.as_mut_slice().fill(10 + byte);
         }

@@ -165,7 +165,7 @@ proptest! {
                     .unwrap()
                     .errors
             });
-            for (minmax, best) in errors[0].iter().zip(&errors[1]) {
+            for (minmax, best) in errors[0].iter().zip(errors[1].iter()) {
                 prop_assert!(*best <= minmax * 1.0001, "{minmax} {best}");
             }
         }

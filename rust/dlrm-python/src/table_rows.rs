@@ -4,18 +4,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dlrm_core::{Encoded, Encoding, Layout, Result, RowFormat, ScaleFormat, TableSpec};
 use half::f16;
-use numpy::{PyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods};
+use numpy::{PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::arrays::input;
 use crate::call::call;
 use crate::error::BindingError;
-use crate::views::borrowed;
+use crate::views::{Kept, borrowed};
 
 type Any<'a, 'py> = &'a Bound<'py, PyAny>;
 /// Rows, the relative error of each, and the largest absolute error.
-pub(crate) type WithErrors<'py> = (TableRows, Bound<'py, PyArray1<f32>>, f32);
+pub(crate) type WithErrors<'py> = (TableRows, Bound<'py, PyAny>, f32);
 
 /// Empty once its rows are in a set.
 #[pyclass(frozen, module = "dlrm_rs._dlrm_rs")]
@@ -26,8 +26,9 @@ impl TableRows {
         Self(Mutex::new(Some(rows)))
     }
 
-    pub(crate) fn with_errors(py: Python<'_>, encoded: Encoded) -> WithErrors<'_> {
-        (Self::new(encoded.rows), PyArray1::from_vec(py, encoded.errors), encoded.largest_error)
+    pub(crate) fn with_errors(py: Python<'_>, encoded: Encoded) -> PyResult<WithErrors<'_>> {
+        let errors = Kept::new(encoded.errors.kept()).view::<f32, _>(py, [encoded.errors.len()])?;
+        Ok((Self::new(encoded.rows), errors, encoded.largest_error))
     }
 
     /// The rows, which are gone from here then.
@@ -80,7 +81,7 @@ impl TableRows {
         let spec = TableSpec { name, rows, dim, format: encoding.format };
         let source = source.as_slice()?;
         let encoded = call(py, |ctx| dlrm_core::TableRows::encode(source, &spec, encoding, ctx))?;
-        Ok(Self::with_errors(py, encoded))
+        Self::with_errors(py, encoded)
     }
 
     #[staticmethod]

@@ -101,7 +101,7 @@ impl TableSet {
             Some(spare) => self.0.encode_in(&mut spare.lock(), table, encoding, ctx),
             None => self.0.encode(table, encoding, ctx),
         })?;
-        Ok(TableRows::with_errors(py, encoded))
+        TableRows::with_errors(py, encoded)
     }
 
     fn check_encoding(
