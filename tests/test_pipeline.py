@@ -408,6 +408,15 @@ def steps(model: dlrm_rs.DLRM) -> int:
     return count
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Whoever started the tests may have left SIGINT ignored, as a shell does for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("where", ["loss", "body", "wait"])
 def test_ctrl_c_ends_the_loop_after_a_whole_step(where: str) -> None:
     log = click_log(40)
