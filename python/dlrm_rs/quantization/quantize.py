@@ -297,7 +297,7 @@ def _apply(
         row_format, before, bytes_before = formats[table.name], table.row_format, table.bytes_now()
         encoded = encoding.encode(table, row_format, spare) if table in changing else None
         if row_format != "fp32":
-            table.tables.drop_optimizer()  # which trains fp32 rows alone, and holds the old ones
+            table.tables.drop_optimizer()  # whose state is of the old rows, and which holds them
         if encoded is not None:
             spare.retire(table.tables.swap(table.place, encoded.rows, row_format).rows)
         change = TableChange(table.name, *table.shape, before, row_format, bytes_before, table.bytes_now())
