@@ -133,7 +133,7 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
         self.start(simd, self.first + self.units.start, end);
         for unit in self.units.clone() {
             let position = self.first + unit;
-            self.prefetch::<S, 0>(simd, position + AHEAD, end);
+            self.prefetch(simd, position + AHEAD, end);
             let id = self.ids[position].row() as usize;
             if let Outputs::Fp32(out) = self.out {
                 self.rows.copy(simd, id, self.output(out, unit));
@@ -174,15 +174,15 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
     #[inline(always)]
     fn start<S: Simd>(&self, simd: S, from: usize, end: usize) {
         for position in from..end.min(from + AHEAD) {
-            self.prefetch::<S, 0>(simd, position, end);
+            self.prefetch(simd, position, end);
         }
     }
 
     /// Starts to bring near the row of the id at `position`, if that is before `end`.
     #[inline(always)]
-    fn prefetch<S: Simd, const COUNT: usize>(&self, simd: S, position: usize, end: usize) {
+    fn prefetch<S: Simd>(&self, simd: S, position: usize, end: usize) {
         if position < end {
-            self.rows.prefetch::<S, COUNT>(simd, self.ids[position].row());
+            self.rows.prefetch::<S, 0>(simd, self.ids[position].row());
         }
     }
 }
@@ -210,7 +210,7 @@ impl Mode for Max {
             for position in bag.clone() {
                 let id = of.ids[position].row();
                 if at == 0 {
-                    of.prefetch::<S, 0>(simd, position + AHEAD, end);
+                    of.prefetch(simd, position + AHEAD, end);
                 }
                 if id == of.padding {
                     continue;
