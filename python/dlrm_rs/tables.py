@@ -15,14 +15,11 @@ import os
 import secrets
 import threading
 import weakref
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
@@ -30,10 +27,11 @@ from dlrm_rs._dlrm_rs import TableRows, TableSet
 from dlrm_rs.arguments import check_size, check_table_weight
 from dlrm_rs.devices import CPU, Device
 from dlrm_rs.layout import FeatureSpec, Layout, TableSpec
+from dlrm_rs.memory import NO_WEIGHT, Layouts, Memory, layouts_of, tensors
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
 from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_tensor
 
-__all__ = ["Displaced", "EmbeddingTables", "FeatureSpec", "Memory", "TableSpec"]
+__all__ = ["Displaced", "EmbeddingTables", "FeatureSpec", "TableSpec"]
 
 
 class Displaced(NamedTuple):
@@ -44,93 +42,8 @@ class Displaced(NamedTuple):
     weight: nn.Parameter | None
 
 
-class _Layouts(NamedTuple):
-    """Where every weight is and how: with two dimensions this tells every other place, shape or order apart."""
-
-    addresses: list[int]
-    elements: list[int]
-    strides: list[tuple[int, ...]]
-
-
-class Memory:
-    """The engine's handle, and where its tables are.
-
-    Attributes:
-        handle: The engine's tables.
-        layouts: Those of the weights while they are over the engine's memory.
-        parts: The rows of every table as tensors: `(N, D)`, or codes, scales and, where there is one, the codebook.
-        states: The optimizer's state of all tables.
-
-    Args:
-        handle: The same.
-        count: `T`, the number of tables.
-    """
-
-    def __init__(self, handle: TableSet, count: int) -> None:
-        self.handle = handle
-        self.parts = [self._find_parts(table) for table in range(count)]
-        self.layouts = _layouts([self._home(table) for table in range(count)])
-        self._rows: list[weakref.ref[NDArray[Any]] | None] = [None] * count
-        self.find_states()
-
-    def _find_parts(self, table: int) -> list[Tensor]:
-        if self.handle.row_format(table) not in QUANTIZED:
-            return _tensors([self.handle.weight(table)])
-        codebook = self.handle.codebook(table)
-        rest = [] if codebook is None else [codebook]
-        return _tensors([self.handle.codes(table), self.handle.scales(table), *rest])
-
-    def _home(self, table: int) -> Tensor:
-        """The rows of a table, `(N, D)`; of a quantized one, what stands in for its weight."""
-        return _NO_WEIGHT if self.handle.row_format(table) in QUANTIZED else self.parts[table][0]
-
-    def find_states(self) -> None:
-        """Look where the optimizer's state is, since it has been made or given up."""
-        tables = range(len(self.parts))
-        states = [self.handle.optimizer_state(table).values() for table in tables]
-        self.states = _tensors(chain.from_iterable(states))
-        weights = [self._home(table) for table in tables]
-        spans = sorted(_span(tensor) for tensor in (*weights, *self.states) if tensor.numel())
-        self._starts, self._ends = [span[0] for span in spans], [span[1] for span in spans]
-
-    def moved(self, table: int) -> None:
-        """Look where the rows of a table are now, since others have been put in their place."""
-        self.parts[table] = self._find_parts(table)
-        home = self._home(table)
-        self.layouts.addresses[table] = home.data_ptr()
-        self.layouts.elements[table] = home.numel()
-        self.layouts.strides[table] = home.stride()
-        self._rows[table] = None
-        self.find_states()
-
-    def view(self, table: int) -> Tensor:
-        """The rows of a table, `(N, D)`, as the data of its weight; it keeps the memory alive."""
-        rows = self.handle.weight(table)
-        self._rows[table] = weakref.ref(rows)
-        return as_tensor(rows)
-
-    def is_viewed(self, table: int) -> bool:
-        """Whether the last `view` of a table, or a tensor made of it, still exists."""
-        rows = self._rows[table]
-        return rows is not None and rows() is not None
-
-    def is_at(self, parts: Sequence[Tensor]) -> bool:
-        """Whether tensors are the rows of all tables, in order."""
-        addresses = [tensor.data_ptr() for tensor in chain.from_iterable(self.parts)]
-        return list(map(Tensor.data_ptr, parts)) == addresses and all(map(Tensor.is_contiguous, parts))
-
-    def overlaps(self, tensor: Tensor) -> bool:
-        """Whether a contiguous tensor shares memory with a table or its state."""
-        start, end = _span(tensor)
-        before_end = bisect_left(self._starts, end)  # the tables do not overlap: only the last that starts before can
-        return before_end > 0 and self._ends[before_end - 1] > start
-
-
 # Whose the engine's memory at an address is, or was: a table's rows must not be the weight of another table too.
 _OWNERS: weakref.WeakValueDictionary[int, EmbeddingTables] = weakref.WeakValueDictionary()
-
-# Stands in for the weight of a table of quantized rows: empty, and never trained.
-_NO_WEIGHT = nn.Parameter(torch.empty(0, device="cpu"), requires_grad=False)
 
 # What holds the rows of a quantized table in its owner, and in a state_dict.
 _PARTS = ("weight_codes", "weight_scales", "weight_codebook")
@@ -273,10 +186,10 @@ class EmbeddingTables:
                     self._adopt(weights, layouts)
         return weights
 
-    def _present(self) -> tuple[list[nn.Parameter], _Layouts]:
+    def _present(self) -> tuple[list[nn.Parameter], Layouts]:
         try:
             weights: list[nn.Parameter] = [slot["weight"] for slot in self._slots]  # type: ignore[misc]
-            return weights, _layouts(weights)
+            return weights, layouts_of(weights)
         except (TypeError, KeyError):  # None, or taken away
             raise RuntimeError(
                 "weight: expected a Parameter of the module, and there is none; torch.nn.utils.parametrize and pruning "
@@ -285,7 +198,7 @@ class EmbeddingTables:
 
     def _slot(self, table: int) -> dict[str, nn.Parameter | None]:
         """Where to find the weight of a table."""
-        return {"weight": _NO_WEIGHT} if self.row_formats[table] in QUANTIZED else self._parameters[table]
+        return {"weight": NO_WEIGHT} if self.row_formats[table] in QUANTIZED else self._parameters[table]
 
     def _new_handle(self) -> TableSet:
         """Tables and state of zeros."""
@@ -347,7 +260,7 @@ class EmbeddingTables:
                 f"{owner.tables[other].name!r}; give it a clone, or let one module be used in both places"
             )
 
-    def _adopt(self, weights: Sequence[nn.Parameter], layouts: _Layouts) -> None:
+    def _adopt(self, weights: Sequence[nn.Parameter], layouts: Layouts) -> None:
         memory = self.memory
         pairs = zip(zip(*layouts, strict=True), zip(*memory.layouts, strict=True), strict=True)
         moved = [table for table, (here, home) in enumerate(pairs) if here != home]
@@ -492,7 +405,7 @@ class EmbeddingTables:
     def _new_key(self) -> Tensor:
         number = np.array([secrets.randbits(63)], dtype=np.int64)
         _TABLES[int(number[0])] = self
-        return _tensors([number])[0]
+        return tensors([number])[0]
 
     def packed_state(self, table: int) -> dict[str, Tensor]:
         """A table of quantized rows as tensors of its own.
@@ -527,21 +440,3 @@ def _checked(table: TableSpec) -> TableSpec:
     name, num_embeddings, embedding_dim, row_format = table
     rows = check_size(f"num_embeddings of table {name!r}", num_embeddings)
     return TableSpec(name, rows, check_size(f"embedding_dim of table {name!r}", embedding_dim), row_format)
-
-
-def _layouts(weights: Sequence[Tensor]) -> _Layouts:
-    # At every forward, for every table: the fastest questions that torch answers, asked the fastest way.
-    return _Layouts(
-        list(map(Tensor.data_ptr, weights)), list(map(Tensor.numel, weights)), list(map(Tensor.stride, weights))
-    )
-
-
-def _tensors(arrays: Iterable[NDArray[Any]]) -> list[Tensor]:
-    # Those made in inference mode could not be changed, nor saved for a backward, outside of it.
-    with torch.inference_mode(False):
-        return list(map(as_tensor, arrays))
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Where a contiguous tensor begins and ends."""
-    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()

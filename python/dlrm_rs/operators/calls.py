@@ -12,9 +12,10 @@ from torch import Tensor
 from dlrm_rs._dlrm_rs import TableSet
 from dlrm_rs.devices.ring import Ring
 from dlrm_rs.layout import Layout
+from dlrm_rs.memory import Memory
 from dlrm_rs.optim import FusedOptimizer
 from dlrm_rs.row_formats import as_array
-from dlrm_rs.tables import EmbeddingTables, Memory
+from dlrm_rs.tables import EmbeddingTables
 
 __all__ = [
     "array",

@@ -16,9 +16,10 @@ from torch.autograd.graph import increment_version
 
 from dlrm_rs.devices import CPU
 from dlrm_rs.devices.ring import Ring
+from dlrm_rs.memory import Memory
 from dlrm_rs.operators import calls
 from dlrm_rs.operators.kept import KeptCall, keep
-from dlrm_rs.tables import EmbeddingTables, Memory
+from dlrm_rs.tables import EmbeddingTables
 
 __all__ = ["lookup", "renorm"]
 
