@@ -28,7 +28,7 @@ demo: $(VENV)/.installed ## Train a DLRM on real flights with torch's tables and
 
 wheel: $(WHEELS)/.built ## Build the wheel into target/wheels
 
-bench: $(BENCH_VENV)/.installed ## Time lookups beside torch, FBGEMM and NumPy (OPTIONS=--quick: in two minutes)
+bench: $(BENCH_VENV)/.installed ## Time lookups and training steps beside torch, FBGEMM and NumPy (OPTIONS=--quick: in two minutes)
 	$(BENCH_VENV)/bin/dlrm-rs bench $(OPTIONS)
 
 bench-rust: | cargo ## Time the engine alone: levels, row formats, dims, small calls, allocations

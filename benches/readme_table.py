@@ -1,8 +1,8 @@
-"""Write README's table of the comparison from a record of `dlrm-rs bench`.
+"""Write README's tables of the comparison from a record of `dlrm-rs bench`.
 
     python benches/readme_table.py benches/record/2026-12-24.json
 
-puts the table between README's two markers, in the place of the one that was there. No figure is typed by hand.
+puts them between README's two markers, in the place of those that were there. No figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -17,17 +17,31 @@ BEGIN = "<!-- comparison: written by benches/readme_table.py -->"
 END = "<!-- comparison ends -->"
 
 
-def table(record: Record) -> str:
-    """The lookups on the most threads: for every case and row format the best peer's time over ours, lost or won."""
-    of_run = [c for c in comparisons(record.measurements) if c.ours.family == "lookup"]
-    threads = max(c.ours.threads for c in of_run)
-    cells = {c.ours.case[1:5]: _cell(c) for c in of_run if c.ours.threads == threads}
-    formats = list(dict.fromkeys(row_format for _, row_format, _, _ in cells))
-    rows = dict.fromkeys((shape, batch, ids) for shape, _, batch, ids in cells)
-    lines = [_line(["shape", "batch", "ids", *formats]), _line(["---"] * (3 + len(formats)))]
-    for shape, batch, ids in rows:
-        lines.append(_line([shape, f"{batch:,}", ids, *[cells.get((shape, name, batch, ids), "") for name in formats]]))
+def tables(record: Record) -> str:
+    """Lookups, and then training steps by their optimizer, on the most threads; a family that has none is left out."""
+    made = [_table(record, "lookup"), _table(record, "step")]
+    return "\n\n".join(table for table in made if table)
+
+
+def _table(record: Record, family: str) -> str:
+    """For every case and row format the best peer's time over ours, lost or won."""
+    threads = max(record.arguments.thread_counts())
+    of_run = [c for c in comparisons(record.measurements) if (c.ours.family, c.ours.threads) == (family, threads)]
+    if not of_run:
+        return ""
+    cells = {(_case(c), c.ours.row_format): _cell(c) for c in of_run}
+    formats = list(dict.fromkeys(row_format for _, row_format in cells))
+    headings = ["shape", "batch", "ids", *(["optimizer"] if family == "step" else [])]
+    lines = [_line([*headings, *formats]), _line(["---"] * (len(headings) + len(formats)))]
+    rows = dict.fromkeys(case for case, _ in cells)
+    lines += [_line([*case, *[cells.get((case, name), "") for name in formats]]) for case in rows]
     return "\n".join(lines)
+
+
+def _case(comparison: Comparison) -> tuple[str, ...]:
+    ours = comparison.ours
+    case = (ours.shape, f"{ours.batch_size:,}", ours.ids)
+    return (*case, ours.optimizer) if ours.optimizer else case
 
 
 def _cell(comparison: Comparison) -> str:
@@ -46,7 +60,10 @@ def caption(record: Record, source: str) -> str:
     machine = record.machine
     threads = max(record.arguments.thread_counts())
     fbgemm = machine["fbgemm-gpu-cpu"] or machine["fbgemm-gpu"]
-    rows = "" if record.arguments.rows is None else f", no table of more than {record.arguments.rows:,} rows"
+    limits = {family: record.arguments.rows_of(family) for family in record.arguments.families if family != "quantize"}
+    rows = "".join(
+        f", no table of a {family} of more than {limit:,} rows" for family, limit in limits.items() if limit is not None
+    )
     return (
         f"The best peer's time over that of dlrm_rs (above 1: dlrm_rs is faster), medians, {threads} threads{rows}; "
         f"both at their best use and environment, in turn in one process. `dlrm-rs bench`, "
@@ -71,12 +88,12 @@ def rewrite(readme: str, section: str) -> str:
 
 def main() -> None:
     """Rewrite the README."""
-    parser = argparse.ArgumentParser(description="Write README's table of the comparison from a record.")
+    parser = argparse.ArgumentParser(description="Write README's tables of the comparison from a record.")
     parser.add_argument("record", type=Path)
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args()
     record = load_record(options.record)
-    section = f"\n{table(record)}\n\n{caption(record, options.record.as_posix())}\n"
+    section = f"\n{tables(record)}\n\n{caption(record, options.record.as_posix())}\n"
     readme = options.readme.read_text(encoding="utf-8")
     options.readme.write_text(rewrite(readme, section), encoding="utf-8")
 

@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 
 import dlrm_rs
 from dlrm_rs.__main__ import main
-from dlrm_rs.bench import lookup, quantize, run
+from dlrm_rs.bench import quantize, run
 from dlrm_rs.bench.arguments import Arguments
 from dlrm_rs.bench.cases import Case, IdBatch, capped, cases, id_batches
 from dlrm_rs.bench.check import WrongOutputError, check_side
-from dlrm_rs.bench.lookup import CEILING, LookupJob
+from dlrm_rs.bench.job import CEILING
+from dlrm_rs.bench.lookup import LookupJob
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.memory import groups
 from dlrm_rs.bench.process import ProcessEndedError, Worker
@@ -108,7 +109,7 @@ def test_every_peer_is_right_and_found_out_when_wrong(peer: Peer, row_format: st
         pytest.skip(str(peer.why_not()))
     for shape in (SMALL, EVEN):
         ids, rows = batch(shape), Rows()
-        side = peer.make(shape, row_format, rows)
+        side = peer.make(row_format, shape, rows)
         with torch.no_grad():
             check_side(side, ids, rows, row_format)
             calls = side.calls(ids)
@@ -152,7 +153,7 @@ class Changed:
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_ours_is_right_and_found_out_when_wrong(row_format: str) -> None:
     ids, rows = batch(), Rows()
-    ours = Ours(SMALL, row_format, rows)
+    ours = Ours(row_format, SMALL, rows)
     check_side(ours, ids, rows, row_format)
     with pytest.raises(WrongOutputError, match=r"dlrm_rs \(lookup\): expected .* elements are wrong"):
         check_side(Changed(ours, "lookup"), ids, rows, row_format)
@@ -160,7 +161,7 @@ def test_ours_is_right_and_found_out_when_wrong(row_format: str) -> None:
 
 def test_rows_that_were_changed_are_found() -> None:
     ids, rows = batch(), Rows()
-    ours = Ours(SMALL, "fp32", rows)
+    ours = Ours("fp32", SMALL, rows)
     with torch.no_grad():
         ours.collection.get_parameter("embedding_bags.t1.weight")[3] += 1e-6
     with pytest.raises(WrongOutputError, match="dlrm_rs: rows of table 1: expected"):
@@ -169,7 +170,7 @@ def test_rows_that_were_changed_are_found() -> None:
 
 def test_a_shape_or_dtype_that_is_another_is_wrong() -> None:
     ids, rows = batch(), Rows()
-    ours = Ours(SMALL, "fp32", rows)
+    ours = Ours("fp32", SMALL, rows)
     for change in (Tensor.double, lambda t: t[1:]):
         with pytest.raises(WrongOutputError, match=r"expected \(9, 24\) of torch.float32, got"):
             check_side(Changed(ours, "lookup", change), ids, rows, "fp32")
@@ -177,7 +178,7 @@ def test_a_shape_or_dtype_that_is_another_is_wrong() -> None:
 
 def test_the_ceiling_touches_what_it_is_given() -> None:
     ids, rows = batch(), Rows()
-    touched = Ours(SMALL, "fp32", rows).touch(ids)()
+    touched = Ours("fp32", SMALL, rows).touch(ids)()
     # A row of 8 floats is half a line: the byte is that at the beginning of the line.
     first = [rows.of(t, table_ids.numpy().reshape(-1) // 2 * 2, 8)[:, 0] for t, (table_ids, _) in enumerate(ids.tables)]
     assert touched == int(np.concatenate(first).astype(np.float32).view(np.uint8)[::4].sum())
@@ -229,8 +230,9 @@ def test_times_are_in_turn() -> None:
 
 def test_tables_that_do_not_fit_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "available", lambda: 2 << 30)
-    record = Record({}, Arguments(shapes=("GIANT", "MANY"), formats=("fp32",)))
-    jobs = list(run._jobs(record.arguments, ("nn.EmbeddingBag", "NumPy"), record))
+    record = Record({}, Arguments(families=("lookup",), shapes=("GIANT", "MANY"), formats=("fp32",)))
+    missing = {"FBGEMM TBE": "not installed", "FBGEMM nbit": "not installed"}
+    jobs = list(run._jobs(record.arguments, missing, record))
     assert [job.shape for job in jobs] == []
     assert len(record.skipped) == 4  # two shapes in two environments
     assert record.skipped[0].startswith("GIANT fp32 (plain): expected 16,665 MiB")
@@ -422,4 +424,4 @@ def test_the_missing_extra_is_that_of_the_command(monkeypatch: pytest.MonkeyPatc
 def test_measurements_are_plain_data() -> None:
     m = measurement(NAME, 1e-4)
     assert replace(m, times=Times(**asdict(m)["times"])) == m
-    assert lookup.CEILING != NAME
+    assert CEILING != NAME

@@ -43,12 +43,13 @@ def demo(
 
 @app.command()
 def bench(
-    family: Annotated[list[str] | None, typer.Option(help="lookup or quantize; repeat for more.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="lookup, quantize or step; repeat for more.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Such as SINGLE; repeat for more.")] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Repeat for more.", show_default="those of the shape")
     ] = None,
     row_format: Annotated[list[str] | None, typer.Option(help="fp32, int8, int4, ...; repeat for more.")] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(help="Of steps, such as SGD; repeat for more.")] = None,
     ids: Annotated[list[str] | None, typer.Option(help="uniform or zipf; repeat for both.")] = None,
     threads: Annotated[list[str] | None, typer.Option(help="A number or all; repeat for more.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="For each case, all sides together.")] = None,
@@ -56,7 +57,7 @@ def bench(
     output: Annotated[Path, typer.Option(help="Folder for bench.png and bench.json.")] = Path("bench-output"),
     quick: Annotated[bool, typer.Option("--quick", help="Few cases on small tables: two minutes.")] = False,
 ) -> None:
-    """Time lookups and quantization beside every other library that is installed; outputs are checked first."""
+    """Time lookups, quantization and training steps beside every other library that is installed, checked first."""
     from dlrm_rs.bench.arguments import Arguments  # here, as what it brings in takes seconds
     from dlrm_rs.bench.run import run
 
@@ -65,6 +66,7 @@ def bench(
         "shapes": shape,
         "batches": batch_size,
         "formats": row_format,
+        "optimizers": optimizer,
         "distributions": ids,
         "threads": threads,
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""`dlrm-rs bench`: lookups and quantization timed beside every other library that is installed.
+"""`dlrm-rs bench`: lookups, quantization and training steps timed beside every other library that is installed.
 
 A *side* is a library with tables of its own that hold the same rows. A *use* is one way of calling it, an *environment*
 the variables that its process starts with; a side counts at its best of both. All sides of a process take turns, and

@@ -1,4 +1,4 @@
-"""What is looked up: the cases of a shape, and their ids.
+"""What is looked up, or trained: the cases of a shape, and their ids.
 
 Shapes are those of `dlrm_rs.data.SHAPES`; a case is a shape with a batch size, a distribution of ids and a number of
 threads.
@@ -55,8 +55,8 @@ class Case:
         return f"Zipf {self.zipf:g}" if self.zipf else "uniform"
 
 
-def cases(name: str, arguments: Arguments) -> list[Case]:
-    """The cases of a shape, those of one distribution together.
+def cases(name: str, arguments: Arguments, family: str = "lookup") -> list[Case]:
+    """The cases of a shape, those of one distribution together; of steps the largest batch size alone.
 
     Example:
         >>> [case.ids for case in cases("GIANT", Arguments(threads=("1",)))]
@@ -66,7 +66,8 @@ def cases(name: str, arguments: Arguments) -> list[Case]:
     exponents = [0.0] if name in UNIFORM_TOO and shape.zipf else []
     exponents.append(shape.zipf)
     wanted = [exponent for exponent in exponents if ("zipf" if exponent else "uniform") in arguments.distributions]
-    batch_sizes = arguments.batches or shape.batch_sizes
+    of_shape = shape.batch_sizes[-1:] if family == "step" else shape.batch_sizes
+    batch_sizes = arguments.batches or of_shape
     return [Case(*case) for case in product(batch_sizes, wanted, arguments.thread_counts())]
 
 

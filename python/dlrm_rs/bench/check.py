@@ -1,12 +1,15 @@
-"""Outputs held against float64, before anything is timed."""
+"""Outputs and updates held against float64, before anything is timed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dlrm_rs.bench.cases import IdBatch
+from dlrm_rs.bench.optimizers import Reference, upstream_gradient
 from dlrm_rs.bench.rows import Rows, rounding
 from dlrm_rs.bench.sides import Side
 
@@ -46,6 +49,60 @@ def check_side(side: Side, batch: IdBatch, rows: Rows, row_format: str) -> None:
     for use, call in side.calls(batch).items():
         output = side.pooled(call())
         check_output(f"{side.name} ({use})", output, batch.batch_size, samples, expected, tolerance)
+
+
+def check_training(
+    make: Callable[[], Side], batches: Sequence[IdBatch], rows: Rows, row_format: str, optimizer: str
+) -> None:
+    """Check every use of a side over three steps, two of them on one batch: what is looked up, and all rows after it.
+
+    Args:
+        make: Makes the side, anew for every use.
+        batches: Ids, two at least.
+        rows: What its tables are filled with.
+        row_format: How its rows are stored.
+        optimizer: What it trains with.
+
+    Raises:
+        WrongOutputError: An element is too far off, or the output has another shape or dtype.
+    """
+    for use in make().calls(batches[0]):
+        _check_use(make(), use, batches, rows, row_format, optimizer)
+
+
+def _check_use(side: Side, use: str, batches: Sequence[IdBatch], rows: Rows, row_format: str, optimizer: str) -> None:
+    name = f"{side.name} ({use})"
+    B = batches[0].batch_size
+    tables = range(len(batches[0].tables))
+    counts = [1 + max(int(batch.tables[t][0].max()) for batch in batches[:2]) for t in tables]
+    stored = [side.stored_rows(t, np.arange(N)) for t, N in enumerate(counts)]
+    for t, before in enumerate(stored):
+        check_rows(side.name, t, np.arange(len(before)), before, rows, row_format)
+    references = [Reference(optimizer, *before.shape) for before in stored]
+    gradients = upstream_gradient(B, sum(before.shape[1] for before in stored)).double()
+    gradient_of = gradients.split([before.shape[1] for before in stored], dim=1)
+    for batch in (batches[0], batches[0], batches[1]):
+        ids = [of_table.numpy() for of_table, _ in batch.tables]  # (B, ids per bag) each
+        expected = np.concatenate([stored[t][ids[t]].sum(axis=1) for t in tables], axis=1)
+        largest = max(np.abs(before).max() for before in stored) * max(of_table.shape[1] for of_table in ids)
+        output = side.pooled(side.calls(batch)[use]())
+        check_output(name, output, B, np.arange(B), expected, TOLERANCE * largest)
+        for t in tables:
+            touched, moves = _moves(references[t], batch.tables[t][0], gradient_of[t])
+            stored[t][touched] += moves
+            after = side.stored_rows(t, np.arange(counts[t]))
+            # By rounding before and after the step, or stochastically to either neighbour, at most.
+            tolerance = (TOLERANCE + 2 * rounding(row_format)) * np.abs(stored[t]).max(axis=1, keepdims=True)
+            _compare(f"{name}: rows of table {t} after a step", after, stored[t], tolerance)
+            stored[t] = after
+
+
+def _moves(reference: Reference, ids: Tensor, gradient: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The rows that bags `ids`, `(B, ids per bag)`, touch, and their moves, from the gradient of the bags, `(B, D)`."""
+    touched, place = ids.unique(return_inverse=True)
+    sums = gradient.new_zeros(len(touched), gradient.shape[1])
+    sums.index_add_(0, place.view(-1), gradient.repeat_interleave(ids.shape[1], dim=0))
+    return touched.numpy(), reference.moves(touched, sums).numpy()
 
 
 def check_rows(
@@ -96,12 +153,15 @@ def check_output(
     _compare(name, output.numpy()[samples].astype(np.float64), expected, tolerance)
 
 
-def _compare(name: str, got: NDArray[np.float64], expected: NDArray[np.float64], tolerance: float) -> None:
+def _compare(
+    name: str, got: NDArray[np.float64], expected: NDArray[np.float64], tolerance: float | NDArray[np.float64]
+) -> None:
     # Written so that NaN is wrong too.
     wrong = ~(np.abs(got - expected) <= tolerance)
     if wrong.any():
         row, column = np.argwhere(wrong)[0].tolist()
+        within = np.broadcast_to(tolerance, wrong.shape)[row, column]
         raise WrongOutputError(
-            f"{name}: expected {expected[row, column]:.7g} within {tolerance:g} at ({row}, {column}), "
+            f"{name}: expected {expected[row, column]:.7g} within {within:g} at ({row}, {column}), "
             f"got {got[row, column]:.7g}; {wrong.sum()} of {wrong.size} elements are wrong"
         )

@@ -12,7 +12,7 @@ class Measurement:
     """The times of a use.
 
     Attributes:
-        family: "lookup" or "quantize".
+        family: "lookup", "quantize" or "step".
         shape: The shape's name.
         row_format: How rows are stored.
         batch_size: `B`; 0 where there is none.
@@ -26,6 +26,7 @@ class Measurement:
         bytes: Bytes of their elements.
         times: What calls took.
         ceiling: Median seconds of touching the same rows, in turn with it; 0 where nothing is touched.
+        optimizer: Of a step; empty where there is none.
     """
 
     family: str
@@ -42,11 +43,17 @@ class Measurement:
     bytes: int
     times: Times
     ceiling: float
+    optimizer: str = ""
 
     @property
-    def case(self) -> tuple[str, str, str, int, str, int]:
+    def work(self) -> tuple[str, str, str, str]:
+        """What is done, and to which tables."""
+        return (self.family, self.shape, self.optimizer, self.row_format)
+
+    @property
+    def case(self) -> tuple[tuple[str, str, str, str], int, str, int]:
         """What it shares with the measurements that it may be compared with."""
-        return (self.family, self.shape, self.row_format, self.batch_size, self.ids, self.threads)
+        return (self.work, self.batch_size, self.ids, self.threads)
 
     @property
     def rows_per_second(self) -> float:

@@ -28,7 +28,7 @@ def available() -> int:
     return int(line.split()[1]) << 10
 
 
-def needed(shape: Shape, row_format: str, sides: int) -> int:
+def needed(shape: Shape, row_format: str, sides: int, state: int = 0) -> int:
     """Bytes at most in use while sides are made, one after another, and looked up.
 
     Args:
@@ -36,6 +36,7 @@ def needed(shape: Shape, row_format: str, sides: int) -> int:
         row_format: How rows are stored. Ours, which are made first, are quantized from all tables in fp32; those of
             peers from a table at a time.
         sides: How many, ours included.
+        state: Bytes that an optimizer has for a row.
 
     Example:
         >>> shape = Shape((1 << 20,) * 16, 64, (1,), (16,), 0.0)  # 4 GiB in fp32
@@ -45,13 +46,14 @@ def needed(shape: Shape, row_format: str, sides: int) -> int:
     rows, dim = sum(shape.num_embeddings), shape.embedding_dim
     fp32, largest = rows * dim * 4, max(shape.num_embeddings) * dim * 4
     stored = fp32 if row_format == "fp32" else rows * (row_bytes(row_format, dim) + _SCALES)
+    stored += rows * state
     while_ours_are_made = fp32 if row_format == "fp32" else fp32 + stored
     while_the_last_are_made = sides * stored + 2 * largest
     ids = 2 * 8 * FEWEST_BATCHES * max(shape.batch_sizes) * sum(shape.ids_per_bag)
     return max(while_ours_are_made, while_the_last_are_made) + ids + MARGIN
 
 
-def groups(peers: Sequence[str], shape: Shape, row_format: str, free: int) -> list[tuple[str, ...]]:
+def groups(peers: Sequence[str], shape: Shape, row_format: str, free: int, state: int = 0) -> list[tuple[str, ...]]:
     """Peers that are timed in one process with ours: all, if all fit, else each alone; none if not even one does.
 
     Args:
@@ -59,6 +61,7 @@ def groups(peers: Sequence[str], shape: Shape, row_format: str, free: int) -> li
         shape: The tables' sizes.
         row_format: How rows are stored.
         free: Bytes that may be taken.
+        state: Bytes that an optimizer has for a row.
 
     Example:
         >>> shape = Shape((1 << 20,) * 16, 64, (1,), (16,), 0.0)  # 4 GiB
@@ -67,8 +70,8 @@ def groups(peers: Sequence[str], shape: Shape, row_format: str, free: int) -> li
         >>> groups(["a", "b"], shape, "fp32", free=1 << 30)
         []
     """
-    if needed(shape, row_format, 1 + len(peers)) <= free:
+    if needed(shape, row_format, 1 + len(peers), state) <= free:
         return [tuple(peers)]
-    if needed(shape, row_format, 2) <= free:
+    if needed(shape, row_format, 2, state) <= free:
         return [(peer,) for peer in peers]
     return []

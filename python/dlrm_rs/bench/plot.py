@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.record import Record, comparisons
-from dlrm_rs.bench.sides import PEERS
+from dlrm_rs.bench.sides import PEERS, TRAINING_PEERS
 
 # Colours that the colour-blind can tell apart (Okabe and Ito), one for every peer.
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#0072B2", "#999999")
@@ -57,10 +57,11 @@ def save_plot(record: Record, path: Path) -> None:
 
 def _place(side: str) -> tuple[int, str]:
     """Peers in their order; what only quantizes comes after."""
-    known = [peer.name for peer in PEERS]
+    known = list(dict.fromkeys(peer.name for peer in (*PEERS, *TRAINING_PEERS)))
     return (known.index(side) if side in known else len(known), side)
 
 
 def _label(ours: Measurement) -> str:
     case = f"B {ours.batch_size}, {ours.ids}" if ours.batch_size else "quantize"
-    return f"{ours.shape} {ours.row_format}, {case}, {ours.threads}T"
+    what = f"{ours.shape} {ours.row_format} {ours.optimizer}".rstrip()
+    return f"{what}, {case}, {ours.threads}T"

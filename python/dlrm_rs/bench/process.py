@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from typing import Protocol
 
 from dlrm_rs.bench.measurement import Measurement
-from dlrm_rs.bench.sides import PEERS
+from dlrm_rs.bench.sides import PEERS, TRAINING_PEERS
 
 
 class Job(Protocol):
@@ -70,7 +70,7 @@ class Worker:
 
 
 def _missing_peers() -> dict[str, str]:
-    reasons = {peer.name: peer.why_not() for peer in PEERS}
+    reasons = {peer.name: peer.why_not() for peer in (*PEERS, *TRAINING_PEERS)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

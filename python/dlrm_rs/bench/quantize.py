@@ -15,6 +15,7 @@ from dlrm_rs.bench.cases import capped, set_threads
 from dlrm_rs.bench.check import check_rows
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.rows import Rows
+from dlrm_rs.bench.sides.fbgemm_cpu import tell_instructions
 from dlrm_rs.bench.sides.ours import NAME, Ours, quantize
 from dlrm_rs.bench.sides.torch_quantized import operator
 from dlrm_rs.bench.timing import Times
@@ -84,13 +85,13 @@ class QuantizeJob:
         return measured
 
     def _ours(self, shape: Shape, rows: Rows) -> Callable[[], object]:
-        collection = Ours(shape, "fp32", rows).collection
+        collection = Ours("fp32", shape, rows).collection
         return lambda: quantize(collection, self.row_format)
 
     def _check(self, packs: Mapping[str, Pack], weight: Tensor, rows: Rows) -> None:
         ids = np.linspace(0, len(weight) - 1, SAMPLES).astype(np.int64)
         small = Shape((len(weight),), weight.shape[1], (1,), (1,), 0.0)
-        stored = {NAME: Ours(small, self.row_format, rows).stored_rows(0, ids)}
+        stored = {NAME: Ours(self.row_format, small, rows).stored_rows(0, ids)}
         unpack = operator(self.row_format, "unpack")  # the peers have one layout
         for name, pack in packs.items():
             stored[name] = unpack(pack(weight)[torch.from_numpy(ids)]).double().numpy()
@@ -126,6 +127,8 @@ def _packs(row_format: str, fbgemm: bool) -> dict[str, Pack]:
 
 def _fbgemm_pack(row_format: str) -> Pack:
     import fbgemm_gpu  # noqa: F401 # registers the operators
+
+    tell_instructions()
 
     if row_format == "int8":
         eight: Pack = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized.default

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrm_rs.bench.arguments import Arguments
-from dlrm_rs.bench.lookup import CEILING
+from dlrm_rs.bench.job import CEILING
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.sides.ours import NAME
 from dlrm_rs.bench.timing import Times

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from dlrm_rs.bench.arguments import Arguments
 from dlrm_rs.bench.cases import capped
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.record import Comparison, Record, comparisons
@@ -22,7 +23,7 @@ BUSY = 0.5
 _LEGEND = (
     "ratio: the peer's time over that of dlrm_rs, in whose row it is that of the best peer",
     "ceiling: the time of touching the same rows and doing nothing else, over the side's",
-    "GB/s: bytes of the rows' elements",
+    "GB/s: bytes of the rows' elements; of a step those of its lookup, which are read again and written",
     "All sides are at their best use and environment; the record has the others.",
 )
 
@@ -30,9 +31,9 @@ _LEGEND = (
 def print_report(record: Record, console: Console) -> None:
     """Print a table for every case, then how to read them, and what was skipped."""
     of_run = list(comparisons(record.measurements))
-    for (family, shape, row_format), of_shape in groupby(of_run, key=lambda c: c.ours.case[:3]):
-        console.print(_title(family, shape, row_format, record.arguments.rows), style="bold", highlight=False)
-        for comparison in of_shape:
+    for work, of_work in groupby(of_run, key=lambda c: c.ours.work):
+        console.print(_title(work, record.arguments), style="bold", highlight=False)
+        for comparison in of_work:
             console.print(_table(comparison))
     machine = record.machine
     console.print(
@@ -52,13 +53,15 @@ def print_report(record: Record, console: Console) -> None:
         console.print(f"Skipped: {skipped}", markup=False, highlight=False)
 
 
-def _title(family: str, name: str, row_format: str, rows: int | None) -> str:
-    shape = capped(name, rows)
+def _title(work: tuple[str, str, str, str], arguments: Arguments) -> str:
+    family, name, optimizer, row_format = work
+    shape = capped(name, arguments.rows_of(family))
     sizes = f"{len(shape.num_embeddings)} tables, {sum(shape.num_embeddings):,} rows of {shape.embedding_dim}"
     if family == "quantize":
         return f"{name} quantized to {row_format}: {sizes}"
     few, many = min(shape.ids_per_bag), max(shape.ids_per_bag)
-    return f"{name} {row_format}: {sizes}, ids per bag {few if few == many else f'{few}-{many}'}"
+    what = f"{name} {row_format}" + (f", step with {optimizer}" if optimizer else "")
+    return f"{what}: {sizes}, ids per bag {few if few == many else f'{few}-{many}'}"
 
 
 def _table(comparison: Comparison) -> Table:

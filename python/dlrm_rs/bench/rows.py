@@ -16,7 +16,7 @@ PERIOD = 4_194_319
 # How far the block is shifted from table to table.
 SHIFT = 1_299_709
 
-_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2}
+_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "bf16-split": 16, "int8": 8, "int4": 4, "int2": 2}
 
 
 class Rows:
@@ -75,7 +75,7 @@ def rounding(row_format: str) -> float:
             return 0.0
         case "fp16":
             return 2.0**-11
-        case "bf16":
+        case "bf16" | "bf16-split":
             return 2.0**-8
         case _:
             return 1.5 / ((1 << _BITS[row_format]) - 1) + 2.0**-9

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
@@ -15,13 +16,15 @@ from dlrm_rs.bench.arguments import QUICK_LAST_START, Arguments
 from dlrm_rs.bench.cases import capped, cases
 from dlrm_rs.bench.lookup import LookupJob
 from dlrm_rs.bench.memory import available, groups, needed
+from dlrm_rs.bench.optimizers import state_bytes
 from dlrm_rs.bench.plot import save_plot
 from dlrm_rs.bench.process import ProcessEndedError, Worker
 from dlrm_rs.bench.quantize import QuantizeJob
 from dlrm_rs.bench.record import Record, save_record
 from dlrm_rs.bench.report import print_report
-from dlrm_rs.bench.sides import PEERS
+from dlrm_rs.bench.sides import PEERS, TRAINING_PEERS, Peer
 from dlrm_rs.bench.sides.side import AUTOVEC, ENVIRONMENTS, HUGE_PAGES, PLAIN
+from dlrm_rs.bench.step import StepJob
 from dlrm_rs.machine import describe_machine
 
 # Whose versions the record names; FBGEMM comes in a package for the CPU and one for CUDA.
@@ -30,7 +33,7 @@ PACKAGES = ("fbgemm-gpu-cpu", "fbgemm-gpu")
 # What tables are quantized of.
 QUANTIZED_SHAPE = "SINGLE"
 
-AnyJob = LookupJob | QuantizeJob
+AnyJob = LookupJob | QuantizeJob | StepJob
 
 
 def run(arguments: Arguments, output: Path, console: Console) -> Record:
@@ -56,7 +59,7 @@ def run(arguments: Arguments, output: Path, console: Console) -> Record:
         with console.status("Looking for peers"):
             missing = workers[PLAIN].missing_peers()
         record.skipped += [f"{name}: {reason}" for name, reason in missing.items()]
-        jobs = list(_jobs(arguments, tuple(peer.name for peer in PEERS if peer.name not in missing), record))
+        jobs = list(_jobs(arguments, missing, record))
         if arguments.quick:  # what there may be no time for comes last
             jobs.sort(key=lambda job: list(ENVIRONMENTS).index(job.environment))
         last_start = perf_counter() + (QUICK_LAST_START if arguments.quick else math.inf)
@@ -81,44 +84,62 @@ def run(arguments: Arguments, output: Path, console: Console) -> Record:
     return record
 
 
-def _jobs(arguments: Arguments, installed: tuple[str, ...], record: Record) -> Iterator[AnyJob]:
+def _jobs(arguments: Arguments, missing: Mapping[str, str], record: Record) -> Iterator[AnyJob]:
     """What is to be done; what does not fit into memory is put down in the record."""
     if "lookup" in arguments.families:
-        for shape in arguments.shapes:
-            for row_format in arguments.formats:
-                yield from _lookup_jobs(arguments, shape, row_format, installed, record)
+        for shape, row_format in product(arguments.shapes_of("lookup"), arguments.formats_of("lookup")):
+            peers = [peer for peer in PEERS if peer.name not in missing and row_format in peer.formats]
+            for environment, group in _groups(arguments, "lookup", shape, row_format, "", peers, record):
+                wanted = tuple(cases(shape, arguments))
+                yield LookupJob(shape, row_format, group, environment, wanted, arguments.seconds, arguments.rows)
     if "quantize" in arguments.families:
-        yield from _quantize_jobs(arguments, installed, record)
+        yield from _quantize_jobs(arguments, tuple(peer.name for peer in PEERS if peer.name not in missing), record)
+    if "step" in arguments.families:
+        of_steps = product(arguments.shapes_of("step"), arguments.optimizers, arguments.formats_of("step"))
+        for shape, optimizer, row_format in of_steps:
+            peers = [
+                peer
+                for peer in TRAINING_PEERS
+                if peer.name not in missing and row_format in peer.formats and optimizer in peer.optimizers
+            ]
+            for environment, group in _groups(arguments, "step", shape, row_format, optimizer, peers, record):
+                wanted, rows = tuple(cases(shape, arguments, "step")), arguments.rows_of("step")
+                yield StepJob(shape, row_format, group, environment, wanted, arguments.seconds, rows, optimizer)
 
 
-def _lookup_jobs(
-    arguments: Arguments, name: str, row_format: str, installed: tuple[str, ...], record: Record
-) -> Iterator[LookupJob]:
-    shape, wanted = capped(name, arguments.rows), tuple(cases(name, arguments))
-    if not wanted:
+def _groups(
+    arguments: Arguments,
+    family: str,
+    name: str,
+    row_format: str,
+    optimizer: str,
+    peers: Sequence[Peer],
+    record: Record,
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Environments, each with peers that fit into memory together with ours; none where there is no case."""
+    if not cases(name, arguments, family):
         return
+    shape = capped(name, arguments.rows_of(family))
+    # Ours in fp32 is among those that train rows of other formats, and a split row is as large.
+    largest = "fp32" if optimizer else row_format
+    state = state_bytes(optimizer, shape.embedding_dim) if optimizer else 0
     for environment in _environments(arguments):
-        peers = [
-            peer.name
-            for peer in PEERS
-            if peer.name in installed and row_format in peer.formats and environment in peer.environments
-        ]
-        if not peers and environment != PLAIN:
+        here = [peer.name for peer in peers if environment in peer.environments]
+        if not here and environment != PLAIN:
             continue
         free = available()
-        together = groups(peers, shape, row_format, free)
+        together = groups(here, shape, largest, free, state)
         if not together:
-            asked = needed(shape, row_format, 1 + min(1, len(peers)))
-            record.skipped.append(_no_memory(f"{name} {row_format} ({environment})", asked, free))
+            asked = needed(shape, largest, 1 + min(1, len(here)), state)
+            what = f"{name} {row_format} {optimizer}".rstrip()
+            record.skipped.append(_no_memory(f"{what} ({environment})", asked, free))
         for group in together:
-            yield LookupJob(name, row_format, group, environment, wanted, arguments.seconds, arguments.rows)
+            yield environment, group
 
 
 def _quantize_jobs(arguments: Arguments, installed: tuple[str, ...], record: Record) -> Iterator[QuantizeJob]:
     shape, threads = capped(QUANTIZED_SHAPE, arguments.rows), tuple(arguments.thread_counts())
-    for row_format in arguments.formats:
-        if row_format not in ("int8", "int4", "int2"):
-            continue
+    for row_format in arguments.formats_of("quantize"):
         asked, free = needed(shape, row_format, 2), available()
         if asked > free:
             record.skipped.append(_no_memory(f"quantize {QUANTIZED_SHAPE} to {row_format}", asked, free))

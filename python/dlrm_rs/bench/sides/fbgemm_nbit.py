@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlrm_rs.bench.cases import IdBatch
 from dlrm_rs.bench.rows import Rows, decode
+from dlrm_rs.bench.sides.fbgemm_cpu import tell_instructions
 from dlrm_rs.bench.sides.torch_quantized import operator
 from dlrm_rs.data.synthetic import Shape
 
@@ -26,14 +27,15 @@ class FbgemmNbit:
     """`IntNBitTableBatchedEmbeddingBagsCodegen`.
 
     Args:
-        shape: The tables' sizes.
         row_format: "fp32", "fp16", "int8", "int4" or "int2".
+        shape: The tables' sizes.
         rows: What they hold.
     """
 
     name = "FBGEMM nbit"
 
-    def __init__(self, shape: Shape, row_format: str, rows: Rows) -> None:
+    def __init__(self, row_format: str, shape: Shape, rows: Rows) -> None:
+        tell_instructions()
         self._row_format = row_format
         stored = SparseType(row_format)
         self._tables = IntNBitTableBatchedEmbeddingBagsCodegen(

@@ -21,14 +21,14 @@ class NumpyTake:
     """Arrays.
 
     Args:
-        shape: The tables' sizes.
         row_format: "fp32".
+        shape: The tables' sizes.
         rows: What they hold.
     """
 
     name = "NumPy"
 
-    def __init__(self, shape: Shape, row_format: str, rows: Rows) -> None:
+    def __init__(self, row_format: str, shape: Shape, rows: Rows) -> None:
         assert row_format == "fp32", row_format
         self._weights = [np.empty((N, shape.embedding_dim), dtype=np.float32) for N in shape.num_embeddings]
         for table, weight in enumerate(self._weights):

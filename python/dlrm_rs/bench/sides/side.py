@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dlrm_rs.bench.cases import IdBatch
+from dlrm_rs.bench.optimizers import OPTIMIZERS
 from dlrm_rs.bench.rows import Rows
 from dlrm_rs.data.synthetic import Shape
 
@@ -33,7 +34,7 @@ ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
 
 
 class Side(Protocol):
-    """Tables of one library, filled with the rows of `Rows`.
+    """Tables of one library, filled with the rows of `Rows`: looked up, or trained by one optimizer.
 
     Attributes:
         name: Of the library, or of its part.
@@ -42,10 +43,10 @@ class Side(Protocol):
     name: str
 
     def calls(self, batch: IdBatch) -> dict[str, Callable[[], object]]:
-        """A call for every use of the side on a batch; whatever can be prepared is."""
+        """A call for every use of the side on a batch: a lookup or a training step; whatever can be prepared is."""
 
     def pooled(self, output: object) -> Tensor:
-        """What a call returned, as `(B, T * D)`."""
+        """The rows that a call looked up and pooled, as `(B, T * D)`."""
 
     def stored_rows(self, table: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Rows `ids`, `(n,)`, of a table as they are stored: `(n, D)` float64."""
@@ -61,7 +62,8 @@ class Peer:
         environments: What its process may be started with to run faster.
         needs: The module that must be importable.
         module: Where its class is, imported only when it is made.
-        cls: The class, made of a shape, a row format and the rows.
+        cls: The class, made of a row format, for training an optimizer, a shape, and the rows.
+        optimizers: Those that it trains with; none where it looks up.
     """
 
     name: str
@@ -70,11 +72,12 @@ class Peer:
     needs: str
     module: str
     cls: str
+    optimizers: tuple[str, ...] = ()
 
-    def make(self, shape: Shape, row_format: str, rows: Rows) -> Side:
-        """The side, its tables filled."""
+    def make(self, *arguments: str | Shape | Rows) -> Side:
+        """The side, its tables filled; its arguments are those of the class."""
         made = getattr(importlib.import_module(f"dlrm_rs.bench.sides.{self.module}"), self.cls)
-        return cast("Side", made(shape, row_format, rows))
+        return cast("Side", made(*arguments))
 
     def why_not(self) -> str | None:
         """Why it cannot be used here; None if it can.
@@ -90,11 +93,12 @@ class Peer:
         return None
 
 
+# What lookups are held against.
 PEERS = (
     Peer("nn.EmbeddingBag", ("fp32",), (PLAIN, HUGE_PAGES), "torch", "torch_bags", "TorchBags"),
     Peer("torch quantized", ("int8", "int4"), (PLAIN, HUGE_PAGES), "torch", "torch_quantized", "TorchQuantized"),
     Peer(
-        "FBGEMM TBE", ("fp32", "fp16"), (PLAIN, HUGE_PAGES, AUTOVEC), "fbgemm_gpu", "fbgemm_training", "FbgemmTraining"
+        "FBGEMM TBE", ("fp32", "fp16"), (PLAIN, HUGE_PAGES, AUTOVEC), "fbgemm_gpu", "fbgemm_training", "FbgemmForward"
     ),
     Peer(
         "FBGEMM nbit",
@@ -105,4 +109,20 @@ PEERS = (
         "FbgemmNbit",
     ),
     Peer("NumPy", ("fp32",), (PLAIN,), "numpy", "numpy_take", "NumpyTake"),
+)
+
+# What training steps are held against. Where peers do not have a row format, or are slow with it, what counts is what
+# it costs beside our own fp32.
+TRAINING_PEERS = (
+    Peer("nn.EmbeddingBag", ("fp32",), (PLAIN, HUGE_PAGES), "torch", "torch_bags", "TorchTraining", OPTIMIZERS),
+    Peer(
+        "FBGEMM TBE",
+        ("fp32", "fp16"),
+        (PLAIN, HUGE_PAGES, AUTOVEC),
+        "fbgemm_gpu",
+        "fbgemm_training",
+        "FbgemmTraining",
+        ("SGD", "Adagrad", "RowWiseAdagrad"),
+    ),
+    Peer("dlrm_rs fp32", ("fp16", "bf16", "bf16-split"), (PLAIN,), "torch", "ours", "OursInFp32", OPTIMIZERS),
 )

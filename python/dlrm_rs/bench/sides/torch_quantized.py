@@ -43,14 +43,14 @@ class TorchQuantized:
     """What torch's quantized `EmbeddingBag` calls, without the module around it.
 
     Args:
-        shape: The tables' sizes.
         row_format: "int8" or "int4".
+        shape: The tables' sizes.
         rows: What they hold.
     """
 
     name = "torch quantized"
 
-    def __init__(self, shape: Shape, row_format: str, rows: Rows) -> None:
+    def __init__(self, row_format: str, shape: Shape, rows: Rows) -> None:
         self._tables = packed_tables(shape, row_format, rows)
         self._lookup = operator(row_format, "rowwise_offsets")
         self._unpack = operator(row_format, "unpack")
