@@ -205,6 +205,13 @@ class TableSet:
         where the lower bits of bf16 rows are kept.
         """
 
+    def put_optimizer_state(self, table: int, name: str, array: NDArray[Any]) -> None:
+        """Put an array in the place of a part of the state: of the same size, and what it holds is the state then.
+
+        The table keeps the array's memory alive. `ValueError`: no such part, or an array of another size, read-only or not
+        contiguous.
+        """
+
     def lookup(
         self,
         indices: _Ids,

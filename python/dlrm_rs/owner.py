@@ -294,6 +294,6 @@ def _refuse_change(probe: Tensor) -> None:
         )
     if probe.is_cpu and probe.is_shared():
         raise TypeError(
-            "share_memory: expected the tables to stay in the engine's memory, which cannot be shared; processes made "
-            f"by fork read them without it; {_BEFORE}"
+            "share_memory: expected the tables to stay in the engine's memory; processes made by fork read them "
+            f"without it, and dlrm_rs.distributed.share_tables has several train them; {_BEFORE}"
         )

@@ -16,10 +16,11 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
@@ -30,6 +31,9 @@ from dlrm_rs.layout import FeatureSpec, Layout, TableSpec
 from dlrm_rs.memory import NO_WEIGHT, Layouts, Memory, layouts_of, tensors
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
 from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_tensor
+
+if TYPE_CHECKING:
+    from dlrm_rs.operators.sharing import Sharing
 
 __all__ = ["Displaced", "EmbeddingTables", "FeatureSpec", "TableSpec"]
 
@@ -82,6 +86,7 @@ class EmbeddingTables:
         output_dtype: Of what lookups give.
         output_device: Where pooled rows go.
         width: As of `Layout`, and so are `pooled` and `pools_by_max`.
+        sharing: How processes that have the same tables update them; None where they are this process's own.
 
     Raises:
         TypeError: A weight is not of a floating dtype, or `optimizer` is not one of `dlrm_rs.optim`.
@@ -92,6 +97,7 @@ class EmbeddingTables:
 
     memory: Memory
     layout: str
+    sharing: Sharing | None = None
 
     def __init__(
         self,
@@ -266,6 +272,7 @@ class EmbeddingTables:
         moved = [table for table, (here, home) in enumerate(pairs) if here != home]
         for table in moved:
             self._check_weight(table, weights[table])
+        self.check_unshared("weight: cannot be put in other memory; copy into it, as by load_state_dict")
         # Something else may still look at the memory that a weight has left: the Parameter that was there before (in an
         # optimizer, or put aside by `torch.func.functional_call`), a tensor of its data, or the weight itself in
         # another order. What it sees must not change, so the tables move to new memory and it keeps the old.
@@ -315,8 +322,10 @@ class EmbeddingTables:
             What was there, to be dropped or put back by `restore`.
 
         Raises:
+            RuntimeError: The tables are shared.
             ValueError: Rows of another shape.
         """
+        self.check_unshared("rows: cannot be replaced; do so before the tables are shared")
         weight = self._parameters[table].get("weight")
         return self._put(table, Displaced(rows, row_format, weight))
 
@@ -369,6 +378,7 @@ class EmbeddingTables:
             fill: Called with some rows, `(n, D)`, and the number of the first: writes them in place.
             whole: Whether `fill` wants all rows at once.
         """
+        self.check_unshared("reset_parameters: cannot fill; do so before the tables are shared")
         _, num_embeddings, embedding_dim, _ = self.tables[table]
         with torch.no_grad():
             if self.row_formats[table] not in QUANTIZED:
@@ -387,9 +397,37 @@ class EmbeddingTables:
             self.memory.find_states()
             self.optimizer = self.algorithm = None
 
+    def check_unshared(self, refused: str) -> None:
+        """Refuse what must not be done to rows that other processes have, too.
+
+        Raises:
+            RuntimeError: They have them.
+        """
+        if self.sharing is not None:
+            raise RuntimeError(f"{refused} (dlrm_rs.distributed.share_tables has given these to several processes)")
+
+    def arrays(self, table: int) -> list[NDArray[Any]]:
+        """The rows of a table and the state of its optimizer, where they are."""
+        state = self.handle.optimizer_state(table).values()
+        return [*map(as_array, self.memory.parts[table]), *state]
+
+    def move(self, table: int, arrays: Sequence[NDArray[Any]]) -> None:
+        """Have a table use other memory, with what that holds: arrays like those of `arrays`."""
+        name, _, embedding_dim, _ = self.tables[table]
+        row_format, parts = self.row_formats[table], len(self.memory.parts[table])
+        elements, *rest = arrays[:parts]  # and of quantized rows scales and codebook
+        scales, codebook = (*rest, None, None)[:2]
+        rows = TableRows.borrow(name, embedding_dim, row_format, elements, scales, codebook)
+        for part, array in zip(self.handle.optimizer_state(table), arrays[parts:], strict=True):
+            self.handle.put_optimizer_state(table, part, array)
+        self._put(table, Displaced(rows, row_format, self._parameters[table].get("weight")))
+        if self.optimizer is not None:
+            self.optimizer.follow(self._states(self.memory))
+
     def __getstate__(self) -> dict[str, Any]:
         # The memory stays behind: weights, buffers and the optimizer's state are copied by the modules that hold them.
-        return {name: value for name, value in self.__dict__.items() if name not in ("memory", "key")}
+        # A copy is its process's own.
+        return {name: value for name, value in self.__dict__.items() if name not in ("memory", "key", "sharing")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

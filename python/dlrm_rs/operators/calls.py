@@ -18,12 +18,15 @@ from dlrm_rs.row_formats import as_array
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = [
+    "agree",
     "array",
     "check_fused",
+    "check_unshared",
     "dense_gradient",
     "gradient_terms",
     "lookup",
     "per_sample_weights_gradient",
+    "run_update",
     "update",
 ]
 
@@ -90,13 +93,40 @@ def update(tables: EmbeddingTables, memory: Memory, terms: Terms) -> None:
             "update: expected 'backward' in a model that is compiled or exported, got 'step', which keeps gradients"
         )
     if optimizer.check_finite:
-        optimizer.refuse(bool(np.isfinite(terms[5]).all()))
+        optimizer.refuse(agree(tables, bool(np.isfinite(terms[5]).all())))
     groups = optimizer.begin_step()
     try:
-        memory.handle.update(*terms, 1.0, groups)
+        run_update(tables, memory, terms, 1.0, groups)
     except BaseException:
         optimizer.take_back_step()
         raise
+
+
+def run_update(
+    tables: EmbeddingTables, memory: Memory, terms: Terms, factor: float, groups: list[dict[str, Any]]
+) -> None:
+    """Run the fused optimizer by gradients times `factor`; by those of all processes that have the tables."""
+    if tables.sharing is None:
+        memory.handle.update(*terms, factor, groups)
+    else:
+        tables.sharing.update(tables, memory, terms, factor, groups)
+
+
+def agree(tables: EmbeddingTables, flag: bool) -> bool:
+    """Whether all processes that have the tables say so."""
+    return flag if tables.sharing is None else tables.sharing.agree(flag)
+
+
+def check_unshared(tables: EmbeddingTables) -> None:
+    """Refuse gradients for an optimizer that every process would run on the same rows.
+
+    Raises:
+        RuntimeError: Several have the tables.
+    """
+    tables.check_unshared(
+        "backward: cannot give a weight its gradient, by which every process would move the same rows; make the tables "
+        "with optimizer=dlrm_rs.optim..., or freeze them"
+    )
 
 
 def dense_gradient(handle: TableSet, dtypes: Sequence[torch.dtype], terms: Terms) -> list[Tensor | None]:

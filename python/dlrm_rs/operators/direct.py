@@ -116,6 +116,8 @@ class _Lookup(torch.autograd.Function):
             weights_grad = calls.per_sample_weights_gradient(call.memory.handle, bags, grad)
         grads: Sequence[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 4)
         if True in call.trainable:
+            if not call.fused:
+                calls.check_unshared(call.tables)
             terms = calls.gradient_terms(
                 bags, per_sample_weights, argmax, grad, call.trainable, call.scale_grad_by_freq
             )

@@ -17,7 +17,7 @@ from dlrm_rs.operators import calls
 from dlrm_rs.optim import FusedOptimizer
 from dlrm_rs.tables import EmbeddingTables
 
-__all__ = ["KeptCall", "keep"]
+__all__ = ["KeptCall", "keep", "merged"]
 
 
 class KeptCall(NamedTuple):
@@ -62,13 +62,13 @@ class KeptCall(NamedTuple):
                     "step: expected ids, weights of ids and gradients as they were in backward, and one has been "
                     "changed in place since"
                 )
-        merged = _merged([self, *others]) if others else self
+        whole = merged([self, *others]) if others else self
         weights = self.tables.weights()
         memory = self.tables.memory
-        grad = merged.grad.clone() if memory.overlaps(merged.grad) else merged.grad
-        given = (merged.per_sample_weights, merged.argmax, grad, merged.trainable, merged.scale_grad_by_freq)
-        memory.handle.update(*calls.gradient_terms(merged.bags, *given), factor, groups)
-        increment_version([weight for weight, trained in zip(weights, merged.trainable, strict=True) if trained])
+        grad = whole.grad.clone() if memory.overlaps(whole.grad) else whole.grad
+        given = (whole.per_sample_weights, whole.argmax, grad, whole.trainable, whole.scale_grad_by_freq)
+        calls.run_update(self.tables, memory, calls.gradient_terms(whole.bags, *given), factor, groups)
+        increment_version([weight for weight, trained in zip(weights, whole.trainable, strict=True) if trained])
 
 
 def keep(optimizer: FusedOptimizer, call: KeptCall, weight: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ def keep(optimizer: FusedOptimizer, call: KeptCall, weight: Tensor) -> Tensor:
         FloatingPointError: The gradient is not finite, and the optimizer refuses that.
     """
     smallest, largest = torch.aminmax(call.grad) if call.grad.numel() else (torch.zeros(()), torch.zeros(()))
-    finite = bool(torch.isfinite(smallest) & torch.isfinite(largest))
+    finite = calls.agree(call.tables, bool(torch.isfinite(smallest) & torch.isfinite(largest)))
     optimizer.refuse(finite)
     optimizer.keep(call, weight)
     return optimizer.token(weight, finite)
 
 
-def _merged(kept: Sequence[KeptCall]) -> KeptCall:
-    """One call of all bags."""
+def merged(kept: Sequence[KeptCall]) -> KeptCall:
+    """One call of all bags, those of a feature in the order of the calls."""
     first = kept[0]
     features = len(first.tables.features)
     offsets = [_whole_offsets(call, features) for call in kept]

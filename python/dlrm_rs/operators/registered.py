@@ -279,6 +279,7 @@ def _dense_gradient(
     scale_grad_by_freq: bool,
 ) -> list[Tensor]:
     tables = tables_of(key)
+    calls.check_unshared(tables)
     bags = _contiguous(indices, offsets, batch_size)
     grad = grad.float().contiguous()
     terms = calls.gradient_terms(bags, per_sample_weights, argmax, grad, trainable, scale_grad_by_freq)
@@ -371,6 +372,7 @@ def _update(
         weights = zip(tables.weights(), trainable, strict=True)
         increment_version([weight for weight, trained in weights if trained])
         return
+    tables.check_unshared("update: cannot change copies of the rows, as backends for debugging make; take Inductor")
     # Copies of the rows, as some backends of torch.compile make for whatever is to be changed: change these.
     memory = tables.new_memory()
     pairs = list(zip([*chain.from_iterable(memory.parts), *memory.states], [*rows, *states], strict=True))

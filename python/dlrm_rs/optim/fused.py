@@ -69,8 +69,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._groups_are_made = True
         for state in states:
             spec.fill_state(state)
-        self._views = states
-        self.state.update({weight: dict(view) for weight, view in zip(weights, states, strict=True)})
+        self.follow(states)
 
     def begin_step(self) -> list[dict[str, Any]]:
         """Count a step.
@@ -225,6 +224,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"state_dict: expected a parameter group of {present['algorithm']} over tables {present['tables']} "
                 f"with {needed}, got one of {loaded.get('algorithm')} over {loaded.get('tables')} with {list(loaded)}"
             )
+
+    def follow(self, views: Sequence[Mapping[str, Tensor]]) -> None:
+        """Make `views`, one of each weight, the state, with what they hold."""
+        self._views = views
+        self.state.update({weight: dict(view) for weight, view in zip(self._weights(), views, strict=True)})
 
     def attach(self, weights: Sequence[nn.Parameter], views: Sequence[Mapping[str, Tensor]]) -> None:
         """Make `views` the state, holding what the state holds now.

@@ -231,6 +231,9 @@ def _collections(model: nn.Module) -> dict[str, EmbeddingBagCollection]:
                 f"model: expected rows of collection {name!r} to move in backward, got update='step', "
                 "which waits for step(); make it with update='backward', or train without a pipeline"
             )
+        collection._tables.check_unshared(
+            f"model: cannot look up collection {name!r} ahead of the other processes' updates; train without a pipeline"
+        )
     return found
 
 

@@ -241,6 +241,8 @@ def _check_method(method: str | None, row_format: str) -> None:
 
 def _check_changeable(module: nn.Module, tables: Sequence[_Table], row_format: str) -> None:
     """Refuse what would not work any more with rows of another format."""
+    for table in tables:
+        table.tables.check_unshared(f"module: cannot change the rows of {table.name!r}; do so before they are shared")
     weights = {id(weight) for table in tables for weight in table.tables.weights() if weight.numel()}
     for name, owner in module.named_modules():
         if getattr(owner, "max_norm", None) is not None and isinstance(owner, OwnsTables) and row_format != "fp32":

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::encode::{self, Encoded, Encoding};
 use crate::guarded::Guarded;
-use crate::memory::{Keeper, check_available};
+use crate::memory::{Borrowed, Keeper, check_available};
 use crate::optimizers::Kind;
 use crate::per_feature::PerFeature;
 use crate::spare::Spare;
@@ -261,6 +261,18 @@ impl TableSet {
             let low = &tables[table].low;
             f(low.as_slice(), low.keeper())
         })
+    }
+
+    /// Puts other memory in the place of a table's optimizer state, of a part of it or of the lower halves of the rows; what
+    /// it holds is the state from then on.
+    pub fn put_state(&self, table: usize, part: Option<usize>, memory: Borrowed) -> Result<()> {
+        self.tables.write(|tables| {
+            let table = &mut tables[table];
+            let present = part.map_or(&mut table.low, |part| &mut table.state[part]);
+            let what = format!("state of table '{}'", table.spec.name);
+            *present = memory.checked(present.bytes() as u128, align_of::<f32>(), &what)?;
+            Ok(())
+        })?
     }
 
     /// Bytes of every table.

@@ -5,6 +5,7 @@
 mod common;
 
 use common::noise;
+use dlrm_core::optimizers::Kind;
 use dlrm_core::{
     Bags, Borrowed, Context, Encoding, Feature, Ids, Method, Offsets, Output, Pooling, RowFormat, TableRows,
     TableSet, TableSpec,
@@ -79,4 +80,21 @@ fn memory_that_does_not_fit_is_refused() {
     assert_eq!(message(borrow(RowFormat::Fp32, codes, None)), "rows of table 't': expected 72 bytes, got 18");
     let no_columns = TableRows::borrow(&spec(0, RowFormat::Fp32), borrowed(&[]), None, None);
     assert_eq!(message(no_columns), "embedding_dim of table 't': expected at least 1, got 0");
+}
+
+#[test]
+fn state_in_memory_of_someone_else_is_the_state() {
+    let ctx = Context::default();
+    let features = vec![Feature { table: 0, pooling: Pooling::Sum, padding: None }];
+    let table = TableSet::new(vec![spec(2, RowFormat::Fp32)], features, &ctx).unwrap();
+    table.set_optimizer(Kind::Adagrad, false, &ctx).unwrap();
+    let rows = table.specs()[0].rows;
+    let sums = vec![3.0_f32; rows * 2];
+    table.put_state(0, Some(0), borrowed(bytemuck::cast_slice(&sums))).unwrap();
+    table.read_state(0, 0, |state, _| assert_eq!(state, sums)).unwrap();
+    let message = |part, bytes: &[u8]| table.put_state(0, part, borrowed(bytes)).unwrap_err().to_string();
+    let expected = format!("state of table 't': expected {} bytes, got 4", rows * 8);
+    assert_eq!(message(Some(0), &[0; 4]), expected);
+    assert_eq!(message(None, &[0; 4]), "state of table 't': expected 0 bytes, got 4");
+    table.read_state(0, 0, |state, _| assert_eq!(state, sums)).unwrap();
 }

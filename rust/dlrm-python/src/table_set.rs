@@ -23,6 +23,9 @@ type Any<'a, 'py> = &'a Bound<'py, PyAny>;
 /// Table, pooling and padding of a feature.
 type PyFeature = (usize, String, Option<usize>);
 
+/// The lower halves of bf16 rows, among the parts of an optimizer's state.
+const LOW_BITS: &str = "low_bits";
+
 #[pyclass(frozen, module = "dlrm_rs._dlrm_rs")]
 pub(crate) struct TableSet(pub(crate) dlrm_core::TableSet);
 
@@ -173,9 +176,29 @@ impl TableSet {
         }
         let low = call(py, |_| self.0.read_low(table, |low, keeper| (low.len(), Kept::new((low, keeper)))))?;
         if low.0 > 0 {
-            state.set_item("low_bits", low.1.view::<i16, _>(py, [spec.rows, spec.dim])?)?;
+            state.set_item(LOW_BITS, low.1.view::<i16, _>(py, [spec.rows, spec.dim])?)?;
         }
         Ok(state)
+    }
+
+    fn put_optimizer_state(
+        &self,
+        py: Python<'_>,
+        table: usize,
+        name: &str,
+        array: Any<'_, '_>,
+    ) -> PyResult<()> {
+        self.spec(table)?;
+        let parts = self.0.optimizer().map_or(&[][..], Kind::state);
+        let part = parts.iter().position(|part| part.name == name);
+        if part.is_none() && name != LOW_BITS {
+            let names: Vec<_> = parts.iter().map(|part| part.name).collect();
+            return Err(PyValueError::new_err(format!(
+                "name: expected a part of the state, {names:?}, got {name:?}"
+            )));
+        }
+        let memory = views::borrowed("array", array)?;
+        call(py, |_| self.0.put_state(table, part, memory))
     }
 
     fn lookup(
