@@ -33,3 +33,12 @@ def engine_settings() -> Iterator[None]:
     yield
     dlrm_rs.set_num_threads(threads)
     _dlrm_rs.set_simd(level)
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Threads of torch that wait for more work would keep a pipeline's from theirs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

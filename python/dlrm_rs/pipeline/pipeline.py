@@ -127,7 +127,7 @@ class Pipeline:
         A batch without a backward updates nothing.
 
         Raises:
-            RuntimeError: A loop over this pipeline is running.
+            RuntimeError: A loop over this pipeline, or another over the same tables, is running.
             Exception: What failed in a thread, as it was raised there; the note says where.
         """
         if self._run is not None:
@@ -147,8 +147,10 @@ class Pipeline:
                 yield step.batch
         finally:
             self._run = None
-            run.close()
-            self._timeline.write()
+            try:
+                run.close()
+            finally:
+                self._timeline.write()
 
     def synchronize(self) -> None:
         """Wait until the tables have the update of every batch whose backward has run."""

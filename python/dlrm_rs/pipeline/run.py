@@ -93,6 +93,12 @@ class Run:
         prefetch: int,
         check_finite: bool,
     ) -> None:
+        for name, collection in collections.items():
+            if collection._lane is not None:
+                raise RuntimeError(
+                    f"model: expected tables that no other pipeline trains, but collection {name!r} is in another "
+                    "pipeline's loop; end or close() that first"
+                )
         self._changed = threading.Condition()
         self._lanes = [
             Lane(name, collection, self._notify, self.settle, check_finite) for name, collection in collections.items()
@@ -107,6 +113,7 @@ class Run:
         self._current: Step | None = None
         self._before: Step | None = None
         self._failure: tuple[int, BaseException] | None = None
+        self._has_raised = False
         self._is_at_end = False  # of the loader
         self._is_closing = False
         self._is_flushing = False
@@ -140,6 +147,7 @@ class Run:
             if self._failure is not None:
                 number, error = self._failure
                 if not self._ready or number < self._ready[0].number:
+                    self._has_raised = True
                     raise error
             if not self._ready:
                 return None
@@ -161,7 +169,11 @@ class Run:
                 self._is_flushing = False
 
     def close(self) -> None:
-        """End the pass: what has begun is finished, nothing more begins."""
+        """End the pass: what has begun is finished, nothing more begins.
+
+        Raises:
+            BaseException: What kept a gradient that the user has left from the tables, if `next` has not raised it.
+        """
         with self._changed:
             self._is_closing = True
             self._seal()
@@ -171,6 +183,10 @@ class Run:
             hook.remove()
         for lane in self._lanes:
             lane.collection._lane = None
+        if self._failure is not None and self._before is not None and not self._has_raised:
+            number, error = self._failure
+            if number <= self._before.number:
+                raise error
 
     def _seal(self) -> None:
         if self._current is not None:
