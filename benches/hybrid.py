@@ -13,10 +13,16 @@ Sides, all with SGD on the tables, on the same batches in turn:
     e  nn.EmbeddingBag by the GPU on page-locked memory of the host, which it reads and writes over the bus
 
 Of every side: samples per second, and how much of the time the device is idle, by the time that the dense layers take
-alone. `hidden` is what the pipeline saves of the plain loop (b), as a share of the shorter of CPU and device time.
+alone. Steps are medians over all rounds; in a round every side has its turn. Of the pipeline also what it hides:
 
-On a stand-in the dense layers are one linear layer, so that their arithmetic, which the CPU then does, is small beside
-the tables'; d and e need a GPU. The device takes 0.5, 1 and 2 times what the CPU does, or `--latency`.
+    hidden = (step of the plain loop b - step of the pipeline) / min(CPU, device)
+
+CPU is what of a step runs on the host (ids, lookup, update): the step of (b) on a device that takes no time, with as
+many threads. Device is what the dense layers take alone. 100 % is a step as long as the longer of the two.
+
+On a stand-in the dense layers are a queued kernel (`Queued`), which costs the host what a launch does and computes
+nothing; d and e need a GPU. The device takes 0.5, 1 and 2 times what the CPU does, or `--latency`. `--rest` is the
+share of the device's time that needs no rows and delays no gradient, as bottom layers and dense optimizer do.
 """
 
 from __future__ import annotations
@@ -25,9 +31,10 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +51,7 @@ LR = 0.01
 WARM_UP = 12
 # Batches in rotation: their rows leave the caches before a batch comes again.
 BATCHES = 16
+GRADIENTS = 4
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,10 @@ class Result:
 
     Attributes:
         side: Its letter and name.
-        step: Seconds per step, the median of the repeats.
-        spread: The slowest repeat's less the fastest's.
+        step: Seconds per step, a median.
+        spread: The median of the slowest round less that of the fastest.
         samples: Per second.
-        idle: Share of the time in which the device has nothing to do.
+        idle: Share of the time in which the device has nothing to do; None where tables are its work too.
         hidden: Share of the shorter of CPU and device time; None where nothing overlaps.
     """
 
@@ -92,22 +100,44 @@ class Result:
     step: float
     spread: float
     samples: float
-    idle: float
+    idle: float | None
     hidden: float | None = None
 
 
-class LinearHead(nn.Module):
-    """Embeddings and one linear layer: hardly any arithmetic."""
+class Queued(nn.Module):
+    """Embeddings, and dense layers that are somewhere else: their gradient comes as it is, and costs nothing.
 
-    def __init__(self, embeddings: nn.Module, width: int) -> None:
+    Args:
+        embeddings: The tables.
+        batch_size: `B`.
+        width: Columns of the pooled rows.
+    """
+
+    def __init__(self, embeddings: nn.Module, batch_size: int, width: int) -> None:
         super().__init__()
         self.embeddings = embeddings
-        self.top = nn.Linear(width, 1)
+        self.bias = nn.Parameter(torch.zeros(1))
+        # Several, so that one comes from memory and not from a cache, as what a device has written does.
+        self._gradients = [1e-4 * torch.randn(batch_size, width) for _ in range(GRADIENTS)]
+        self._number = 0
 
     def forward(self, dense: Tensor, sparse: Any) -> Tensor:
         """Logits, `(B, 1)`."""
-        logits: Tensor = self.top(self.embeddings(sparse).values())
-        return logits
+        self._number += 1
+        gradient = self._gradients[self._number % GRADIENTS]
+        logits: Tensor = _Kernel.apply(self.embeddings(sparse).values(), gradient)
+        return logits + self.bias
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return rows.new_zeros(len(rows), 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.detach(), None
 
 
 class TorchBags(nn.Module):
@@ -163,11 +193,15 @@ def on_bus(weight: Tensor, device: torch.device) -> Tensor:
 
 
 def dense_model(embeddings: nn.Module, case: Case, device: Device) -> nn.Module:
-    """The embeddings with dense layers: MLPerf's on a GPU, a linear one on a stand-in."""
+    """The embeddings with dense layers: MLPerf's on a GPU, a queued kernel on a stand-in."""
     if device.torch_device.type == "cpu":
-        return LinearHead(embeddings, case.dim * len(case.rows))
+        return Queued(embeddings, case.batch_size, case.dim * len(case.rows))
     model = dlrm_rs.DLRM(embeddings, 13, [512, 256, case.dim], [1024, 1024, 512, 256, 1])
-    return model.to(device.torch_device)
+    # The tables stay where they are: those of side a on the host.
+    model.bottom.to(device.torch_device)
+    model.top.to(device.torch_device)
+    model.pairs = model.pairs.to(device.torch_device)
+    return model
 
 
 def ours(case: Case, device: Device) -> nn.Module:
@@ -189,37 +223,39 @@ def rotation(batches: list[Batch], steps: int) -> Iterator[Batch]:
     return (batches[k % len(batches)] for k in range(steps))
 
 
-def plain_step(model: nn.Module, case: Case, batches: list[Batch], device: Device) -> float:
-    """Seconds per step of a plain loop."""
+def plain_steps(model: nn.Module, case: Case, batches: list[Batch], device: Device) -> list[float]:
+    """Seconds of the steps of a plain loop."""
     steps = optimizers(model)
-    begin = 0.0
-    for number, batch in enumerate(rotation(batches, WARM_UP + case.steps)):
-        if number == WARM_UP:
-            device.synchronize()
-            begin = time.perf_counter()
+
+    def step(batch: Batch) -> None:
         for optimizer in steps:
             optimizer.zero_grad()
         click_loss(model, batch).backward()
         for optimizer in steps:
             optimizer.step()
-    device.synchronize()
-    return (time.perf_counter() - begin) / case.steps
+
+    return seconds(map(step, rotation(batches, WARM_UP + case.steps)), device)
 
 
-def pipeline_step(
+def pipeline_steps(
     model: nn.Module, case: Case, batches: list[Batch], device: Device, updates: Any, profile: Path | None = None
-) -> float:
-    """Seconds per step of a pipeline, its last updates among them."""
+) -> list[float]:
+    """Seconds of the steps of a pipeline."""
     loader = rotation(batches, WARM_UP + case.steps)
-    pipeline = dlrm_rs.Pipeline(model, optimizers(model)[0], loader, updates=updates, profile=profile)
-    begin = 0.0
-    for number, _ in enumerate(pipeline):
-        if number == WARM_UP - 1:
-            pipeline.synchronize()
+    return seconds(dlrm_rs.Pipeline(model, optimizers(model)[0], loader, updates=updates, profile=profile), device)
+
+
+def seconds(steps: Iterable[object], device: Device) -> list[float]:
+    """Of each step after the warm-up: on a GPU their mean, as one queues while the other runs."""
+    times = []
+    for number, _ in enumerate(steps, 1):
+        if number == WARM_UP and device.torch_device.type == "cuda":
             device.synchronize()
-            begin = time.perf_counter()
-    device.synchronize()
-    return (time.perf_counter() - begin) / case.steps
+        times.append(time.perf_counter())
+    if device.torch_device.type == "cuda":
+        device.synchronize()
+        return [(time.perf_counter() - times[WARM_UP - 1]) / (len(times) - WARM_UP)]
+    return [end - begin for begin, end in pairwise(times[WARM_UP - 1 :])]
 
 
 def dense_step(case: Case, batches: list[Batch], device: Device) -> float:
@@ -232,66 +268,62 @@ def dense_step(case: Case, batches: list[Batch], device: Device) -> float:
             return [dlrm_rs.EmbeddingBagConfig(f"t{t}", 1, case.dim, [f"t{t}"]) for t, _ in enumerate(case.rows)]
 
         def forward(self, features: dlrm_rs.KeyedJaggedTensor) -> dlrm_rs.KeyedTensor:
+            rows.grad = None
             return dlrm_rs.KeyedTensor(features.keys(), [case.dim] * len(case.rows), rows)
 
-    return plain_step(dense_model(Rows(), case, device), case, batches, device)
+    return statistics.median(plain_steps(dense_model(Rows(), case, device), case, batches, device))
 
 
-def measure(times: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Median and spread."""
-    seconds = [times() for _ in range(repeats)]
-    return statistics.median(seconds), max(seconds) - min(seconds)
-
-
-def run(case: Case, device: Device, latency: float, repeats: int, profile: Path | None) -> list[Result]:
-    """Every side that this device has, one after the other.
+def run(case: Case, device: Device, cpu: float, dense: float, repeats: int, profile: Path | None) -> list[Result]:
+    """Every side that this device has.
 
     Args:
         case: Tables and batches.
         device: Where the dense layers are.
-        latency: Of the dense layers alone; how long a stand-in takes.
-        repeats: Of every side.
+        cpu: What of a step runs on the host.
+        dense: What the dense layers take alone.
+        repeats: Rounds.
         profile: A file for the trace of the exact pipeline.
     """
     batches = case.batches()
-    results: list[Result] = []
     is_gpu = device.torch_device.type == "cuda"
-
-    def add(side: str, times: Callable[[], float], hides: bool = False) -> None:
-        step, spread = measure(times, repeats)
-        hidden = None
-        if hides:
-            plain = next(result.step for result in results if result.side.startswith("b"))
-            hidden = (plain - step) / min(plain - latency, latency)
-        idle = max(1 - latency / step, 0.0)
-        results.append(Result(side, step, spread, case.batch_size / step, idle, hidden))
-        print_result(results[-1])
-
     torch.manual_seed(0)
-    cpu = torch.device("cpu")
-    torch_model = dense_model(TorchBags(case, cpu), case, device)
-    extra = 0.0 if is_gpu else latency  # its rows go to no stand-in by themselves
-    add("a nn.EmbeddingBag, CPU", lambda: plain_step(torch_model, case, batches, device) + extra)
-    model = ours(case, device)
-    add("b dlrm_rs, plain", partial(plain_step, model, case, batches, device))
-    add("c dlrm_rs, exact", partial(pipeline_step, model, case, batches, device, "exact", profile), hides=True)
-    add("c dlrm_rs, stale", partial(pipeline_step, model, case, batches, device, "stale"), hides=True)
-    del model
+    bags, model = dense_model(TorchBags(case, torch.device("cpu")), case, device), ours(case, device)
+    sides: dict[str, Callable[[], list[float]]] = {
+        "a nn.EmbeddingBag, CPU": partial(plain_steps, bags, case, batches, device),
+        "b dlrm_rs, plain": partial(plain_steps, model, case, batches, device),
+        "c dlrm_rs, exact": partial(pipeline_steps, model, case, batches, device, "exact", profile),
+        "c dlrm_rs, stale": partial(pipeline_steps, model, case, batches, device, "stale"),
+    }
     for side, over_the_bus in (("d all on the GPU", False), ("e GPU over the bus", True)) if is_gpu else ():
         try:
-            bags = TorchBags(case, device.torch_device, over_the_bus)
+            there = dense_model(TorchBags(case, device.torch_device, over_the_bus), case, device)
         except torch.OutOfMemoryError:
             print(f"  {side}: the tables do not fit")
             continue
-        add(side, partial(plain_step, dense_model(bags, case, device), case, batches, device))
+        sides[side] = partial(plain_steps, there, case, batches, device)
+    rounds = [{side: times() for side, times in sides.items()} for _ in range(repeats)]
+    medians = {side: [statistics.median(times[side]) for times in rounds] for side in sides}
+    steps = {side: statistics.median(chain.from_iterable(times[side] for times in rounds)) for side in sides}
+    if not is_gpu:
+        steps["a nn.EmbeddingBag, CPU"] += dense  # its rows go to no stand-in by themselves
+    plain = steps["b dlrm_rs, plain"]
+    results = []
+    for side, step in steps.items():
+        spread, samples = max(medians[side]) - min(medians[side]), case.batch_size / step
+        hidden = (plain - step) / min(cpu, dense) if side.startswith("c") else None
+        idle = max(1 - dense / step, 0.0) if side[0] in "abc" else None
+        results.append(Result(side, step, spread, samples, idle, hidden))
+        print_result(results[-1])
     return results
 
 
 def print_result(result: Result) -> None:
+    idle = "" if result.idle is None else f"  idle {result.idle:5.1%}"
     hidden = "" if result.hidden is None else f"  hidden {result.hidden:6.1%}"
     print(
         f"  {result.side:<24} {1e3 * result.step:9.3f} ms/step (spread {1e3 * result.spread:.3f})  "
-        f"{result.samples:11,.0f} samples/s  idle {result.idle:5.1%}{hidden}",
+        f"{result.samples:11,.0f} samples/s{idle}{hidden}",
         flush=True,
     )
 
@@ -303,22 +335,20 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             yield Case(shape, rows, batch_size, options.zipf, options.steps)
 
 
-def devices(case: Case, options: argparse.Namespace) -> Iterator[tuple[Device, float]]:
-    """Devices, each with the seconds that the dense layers take on it."""
+def devices(case: Case, options: argparse.Namespace) -> Iterator[tuple[Device, float, float]]:
+    """Devices, each with the seconds of a step on the host and on it."""
+    free = StandIn(0.0, copies=False)
+    batches = case.batches()
+    cpu = statistics.median(plain_steps(ours(case, free), case, batches, free))
+    print(f"  CPU {1e3 * cpu:.3f} ms")
     if not options.stand_in:
         device = output_device("cuda")
-        yield device, dense_step(case, case.batches(), device)
+        yield device, cpu, dense_step(case, batches, device)
         return
-    if options.latency is not None:
-        yield StandIn(options.latency, options.bandwidth, copies=False), options.latency
-        return
-    free = StandIn(0.0, options.bandwidth, copies=False)
-    model, batches = ours(case, free), case.batches()
-    cpu = statistics.median(plain_step(model, case, batches, free) for _ in range(3))
-    del model
-    for factor in (0.5, 1.0, 2.0):
-        print(f"  the device takes {factor} of the CPU's {1e3 * cpu:.3f} ms")
-        yield StandIn(factor * cpu, options.bandwidth, copies=False), factor * cpu
+    for dense in [factor * cpu for factor in (0.5, 1.0, 2.0)] if options.latency is None else [options.latency]:
+        print(f"  device {1e3 * dense:.3f} ms, of which {options.rest:.0%} need no rows")
+        rest = options.rest * dense
+        yield StandIn(dense - rest, options.bandwidth, rest, copies=False), cpu, dense
 
 
 def main() -> None:
@@ -332,7 +362,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stand-in", action="store_true", help="no GPU; the default where there is none")
     parser.add_argument("--latency", type=float, help="seconds that the stand-in takes for a step")
-    parser.add_argument("--bandwidth", type=float, default=25e9, help="bytes per second to and from it")
+    parser.add_argument("--bandwidth", type=float, default=float("inf"), help="bytes per second to and from it")
+    parser.add_argument("--rest", type=float, default=0.0, help="share of the stand-in's step that needs no rows")
     parser.add_argument("--profile", type=Path, help="a file for the trace of the exact pipeline")
     parser.add_argument("--output", type=Path, help="a JSON file for the record")
     parser.add_argument("--quick", action="store_true", help="small tables and few steps")
@@ -345,10 +376,11 @@ def main() -> None:
         record["device"] = torch.cuda.get_device_name()
     for case in cases(options):
         print(f"{case.shape}, B {case.batch_size}, Zipf {case.zipf}, {sum(case.rows):,} rows of {case.dim}")
-        for device, latency in devices(case, options):
-            results = run(case, device, latency, options.repeats, options.profile)
+        for device, cpu, dense in devices(case, options):
+            results = run(case, device, cpu, dense, options.repeats, options.profile)
             described = {"shape": case.shape, "rows": sum(case.rows), "batch_size": case.batch_size, "zipf": case.zipf}
-            record["cases"].append(described | {"latency": latency, "results": [asdict(result) for result in results]})
+            times = {"cpu": cpu, "device": dense, "rest": options.rest if options.stand_in else None}
+            record["cases"].append(described | times | {"results": [asdict(result) for result in results]})
     if options.output is not None:
         options.output.write_text(json.dumps(record, indent=1), encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """Pooled rows on a GPU and gradients back: the right numbers at the right time, in memory that is used again."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ from dlrm_rs.pipeline.pipeline import click_loss
 ROWS = [100_000, 40, 3, 20_000]
 
 pytestmark = pytest.mark.gpu
+
+# Without it cuBLAS warns of what it does not promise; it is read once, by the first product of matrices.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

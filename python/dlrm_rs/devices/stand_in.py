@@ -9,7 +9,9 @@ it sleeps, and the CPU is free. What the arithmetic takes of the calling thread 
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ class StandIn(Device):
         latency: Seconds from having a step's rows to having their gradient.
         bandwidth: Bytes per second of copies, each way; infinite by default.
         rest: Seconds of a step that need no rows and delay no gradient: dense optimizer, bottom layers.
-        copies: Whether data moves, which the CPU then does. Without, a copy only takes its time, as that of a GPU.
+        copies: Whether data moves, which threads of the CPU then do. Without, a copy only takes its time, as that of a
+            GPU, and the host has no work by it at all.
 
     Attributes:
         busy: Seconds that it has worked.
@@ -57,10 +60,12 @@ class StandIn(Device):
 
     def send(self, rows: Tensor) -> Sent:
         """Copy in a thread of its own."""
-        copied = self._there.submit(self._copy, rows.detach(), self._memory, time.perf_counter())
-        if self._copies:  # else the rows are in use for as long as they are there
-            self.outputs.keep(rows, lambda: not copied.done())
-        return _Sending(self, copied)
+        rows, begin = rows.detach(), time.perf_counter()
+        if not self._copies:  # the rows are in use for as long as they are there
+            return _Sending(self, partial(self._arrival, rows, begin))
+        copied = self._there.submit(self._copy, rows, self._memory, begin)
+        self.outputs.keep(rows, lambda: not copied.done())
+        return _Sending(self, copied.result)
 
     def fetch(self, grad: Tensor, dtype: torch.dtype, sent: Sent) -> Fetched:
         """Copy in another, when the clock says that the gradient is there."""
@@ -68,8 +73,10 @@ class StandIn(Device):
         end = max(sent.begin + self._latency, time.perf_counter())
         self._free_at = end + self._rest
         self.busy += self._free_at - sent.begin
-        copied = self._back.submit(self._copy, grad.detach().to(dtype), self._gradients, end)
-        return _Fetching(copied, (sent.begin, end))
+        grad = grad.detach().to(dtype)
+        if not self._copies:
+            return _Fetching(partial(self._arrival, grad, end), (sent.begin, end))
+        return _Fetching(self._back.submit(self._copy, grad, self._gradients, end).result, (sent.begin, end))
 
     def synchronize(self) -> None:
         """Sleep until the clock says that the last step has ended."""
@@ -83,31 +90,41 @@ class StandIn(Device):
         """When a step begins whose rows are there at `copied`."""
         return max(copied, self._free_at, time.perf_counter())
 
-    def _copy(self, source: Tensor, ring: Ring, begin: float) -> tuple[Tensor, float]:
-        """A copy that begins at `begin`, and when it was done."""
+    def _copy(self, source: Tensor, ring: Ring, begin: float) -> _Copied:
         _sleep_until(begin)
-        copy = ring.take(tuple(source.shape), source.dtype).copy_(source) if self._copies else source
-        _sleep_until(begin + source.nbytes / self._bandwidth)
+        copy = ring.take(tuple(source.shape), source.dtype).copy_(source)
+        _, arrival = self._arrival(source, begin)
+        _sleep_until(arrival)
         return copy, time.perf_counter()
+
+    def _arrival(self, source: Tensor, begin: float) -> _Copied:
+        """When a copy that begins at `begin` is there, of a tensor that stays where it is."""
+        return source, begin + source.nbytes / self._bandwidth
+
+
+# A tensor, and when it is there.
+_Copied = tuple[Tensor, float]
 
 
 class _Sending:
-    def __init__(self, device: StandIn, copied: Future[tuple[Tensor, float]]) -> None:
+    def __init__(self, device: StandIn, copied: Callable[[], _Copied]) -> None:
         self._device, self._copied = device, copied
         self.begin = 0.0
 
     def tensor(self) -> Tensor:
-        rows, copied = self._copied.result()
-        self.begin = self._device.begin(copied)
+        rows, arrival = self._copied()
+        self.begin = self._device.begin(arrival)
         return rows
 
 
 class _Fetching:
-    def __init__(self, copied: Future[tuple[Tensor, float]], span: Span) -> None:
+    def __init__(self, copied: Callable[[], _Copied], span: Span) -> None:
         self._copied, self._span = copied, span
 
     def wait(self) -> Tensor:
-        return self._copied.result()[0]
+        grad, arrival = self._copied()
+        _sleep_until(arrival)
+        return grad
 
     def span(self) -> Span:
         return self._span
