@@ -48,6 +48,10 @@ def test_bytes_and_seconds_of_a_step() -> None:
         "GPU": pytest.approx(2e-3),
     }
     assert (plan.bottleneck, plan.step) == ("host memory", max(plan.costs.values()))
+    # torch steps all rows of a table on the GPU: a large one costs more there than its 10,000 ids.
+    there = small_plan(1e9, optimizer=RowWiseAdagrad(), places={"large": "gpu", "hot": "cpu", "small": "cpu"})
+    assert large.swept == 10_000 * 64 + 1_000_000 * 2 * (64 + 64 + 4)
+    assert there.costs["GPU"] == pytest.approx((10_000 * 64 + large.swept) / 1e12)
 
 
 @pytest.mark.parametrize(

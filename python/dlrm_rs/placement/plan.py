@@ -7,7 +7,11 @@ id bytes      B * L * 8
 rows read     B * L * row bytes                                  the lookup
 rows updated  B * L * D * 4  +  B * L * 2 * (row + state bytes)  gradients read; rows and state read and written
 PCIe          B * D * output bytes there, B * D * 4 back         only for tables of the host
+rows swept    B * L * D * 4  +  N * 2 * (D * 4 + row + state bytes)   instead of rows updated, for tables of the GPU
 ```
+
+The last since torch's gradient of a table there is as large as the table: all of it is cleared and read, and a torch
+optimizer then steps all rows, touched or not.
 
 where no row is counted less for coming twice: an upper bound. The host's memory, PCIe and the GPU run side by side, so
 a step takes as long as the slowest of them: the bottleneck. Tables go to the GPU in the order of what they take off the
@@ -49,7 +53,8 @@ class TablePlan:
         ids: Ids in a step.
         id_bytes: Of these.
         read: Bytes of rows that a lookup reads.
-        updated: Bytes that an update reads and writes.
+        updated: Bytes that an update of the host reads and writes.
+        swept: Bytes that an update on the GPU reads and writes.
         pcie: Bytes over the bus, the busier way.
         is_chosen: Whether the user has said where it goes.
     """
@@ -61,8 +66,14 @@ class TablePlan:
     id_bytes: float
     read: float
     updated: float
+    swept: float
     pcie: float
     is_chosen: bool = False
+
+    @property
+    def moved(self) -> float:
+        """Bytes that lookup and update read and write where the table is."""
+        return self.read + (self.updated if self.place == "cpu" else self.swept)
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Plan:
     def costs(self) -> dict[str, float]:
         """Seconds of a step, by what is busy."""
         on = {place: [table for table in self.tables if table.place == place] for place in ("cpu", "gpu")}
-        moved = {place: sum(table.read + table.updated for table in tables) for place, tables in on.items()}
+        moved = {place: sum(table.moved for table in tables) for place, tables in on.items()}
         there = sum(table.pcie for table in on["cpu"]) + sum(table.id_bytes for table in on["gpu"])
         return {
             "host memory": moved["cpu"] / self.hardware.host_bandwidth,
@@ -111,7 +122,7 @@ class Plan:
         """Bytes of the tables on the GPU."""
         return sum(table.memory for table in self.tables if table.place == "gpu")
 
-    def place(self, **places: Place) -> Plan:
+    def place(self, /, **places: Place) -> Plan:
         """The same with some tables where the user wants them.
 
         Args:
@@ -158,7 +169,7 @@ class Plan:
         bus = {table.name: table.pcie if table.place == "cpu" else table.id_bytes for table in self.tables}
         lines += [
             f"{table.name:<{width}}  {table.place:<5}  {_bytes(table.memory)}  {table.ids:>10,.0f}  "
-            f"{_bytes(table.read)}  {_bytes(table.updated)}  {_bytes(bus[table.name])}"
+            f"{_bytes(table.read)}  {_bytes(table.moved - table.read)}  {_bytes(bus[table.name])}"
             f"{'  (as you say)' if table.is_chosen else ''}"
             for table in self.tables
         ]
@@ -256,6 +267,7 @@ def _table(
         ids * _ID_BYTES,
         ids * row,
         0.0 if optimizer is None else ids * (4 * D + 2 * (row + state)),
+        0.0 if optimizer is None else ids * 4 * D + config.num_embeddings * 2 * (4 * D + row + state),
         batch_size * len(features) * D * (max(output_dtype.itemsize, 4) if optimizer else output_dtype.itemsize),
     )
 
