@@ -46,6 +46,7 @@ mod per_feature;
 mod pieces;
 mod prepared;
 mod renorm;
+mod row_filter;
 mod row_format;
 mod rows;
 mod scales;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
 use crate::memory::zeros;
+use crate::row_filter::RowFilter;
 use crate::table_set::TableSet;
 use crate::{Context, Error, Result, threads};
 
@@ -73,26 +74,31 @@ impl Occurrences {
         Ok(Self { sorted, ranges, place_bits })
     }
 
-    /// Those of rows that `second` has too, and the others. `shared`, one for each id of `second`, becomes 1 where the row
-    /// of the id is among these here.
-    pub(crate) fn part(&self, second: &Self, shared: &mut [u8], ctx: &Context) -> Result<[Self; 2]> {
+    /// Those of rows that `is_first` says yes to, and the others.
+    pub(crate) fn part(
+        &self,
+        is_first: impl Fn(usize, usize) -> bool + Sync,
+        ctx: &Context,
+    ) -> Result<[Self; 2]> {
         const WHAT: &str = "the occurrences of rows";
         let mut parts = [zeros(self.sorted.len(), WHAT)?, zeros(self.sorted.len(), WHAT)?];
         let lens: Vec<_> = self.ranges.iter().map(|_| [0, 0].map(AtomicUsize::new)).collect();
         {
             let parts = parts.each_mut().map(|part| Disjoint::new(part));
-            let shared = Disjoint::new(shared);
-            threads::for_each(ctx, self.ranges.len(), self.sorted.len() / 4, |t| {
+            threads::for_each(ctx, self.ranges.len(), self.sorted.len(), |t| {
                 #[expect(unsafe_code, reason = "tables are disjoint")]
                 // SAFETY: the ranges of different tables do not overlap, and each table comes once.
-                let mut parts = parts.each_ref().map(|part| unsafe { part.piece(self.ranges[t].clone()) });
-                let found = part_run(self.of(t), second.of(t), &mut parts, |place| {
-                    #[expect(unsafe_code, reason = "ids are disjoint")]
-                    // SAFETY: an id is of one table, and its place is marked before another is.
-                    let mark = unsafe { shared.piece(place..place + 1) };
-                    mark[0] = 1;
-                });
-                for (len, found) in lens[t].iter().zip(found) {
+                let [first, second] =
+                    parts.each_ref().map(|part| unsafe { part.piece(self.ranges[t].clone()) });
+                let run = self.of(t);
+                let mut in_first = 0;
+                // Each is written to both sides, and kept on one: no branch that cannot be foreseen.
+                for (k, &occurrence) in run.sorted.iter().enumerate() {
+                    first[in_first] = occurrence;
+                    second[k - in_first] = occurrence;
+                    in_first += usize::from(is_first(t, run.row(k)));
+                }
+                for (len, found) in lens[t].iter().zip([in_first, run.len() - in_first]) {
                     len.store(found, Ordering::Relaxed);
                 }
             })?;
@@ -106,6 +112,22 @@ impl Occurrences {
             part += 1;
             Self { sorted, ranges, place_bits: self.place_bits }
         }))
+    }
+
+    /// The rows of each table, as filters.
+    pub(crate) fn row_filters(&self, ctx: &Context) -> Result<Vec<RowFilter>> {
+        let mut filters: Vec<_> =
+            self.ranges.iter().map(|range| RowFilter::new(range.len())).collect::<Result<_>>()?;
+        {
+            let filters = Disjoint::new(&mut filters);
+            threads::for_each(ctx, self.ranges.len(), self.sorted.len() / 2, |t| {
+                #[expect(unsafe_code, reason = "tables are disjoint")]
+                // SAFETY: each table comes once.
+                let filter = unsafe { &mut filters.piece(t..t + 1)[0] };
+                filter.insert(self.of(t));
+            })?;
+        }
+        Ok(filters)
     }
 
     /// Those of a table.
@@ -122,6 +144,11 @@ pub(crate) struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
+    #[cfg(test)]
+    pub(crate) const fn new(sorted: &'a [u64], place_bits: u32) -> Self {
+        Self { sorted, place_bits }
+    }
+
     #[inline(always)]
     pub(crate) fn len(self) -> usize {
         self.sorted.len()
@@ -169,30 +196,6 @@ impl<'a> Run<'a> {
         rows.dedup();
         rows
     }
-}
-
-/// Writes the occurrences of `first` whose rows `second` has too, and the others; returns how many there are of each.
-/// Calls `mark` with the places in `second` of the former.
-fn part_run(first: Run, second: Run, into: &mut [&mut [u64]; 2], mut mark: impl FnMut(usize)) -> [usize; 2] {
-    let mut lens = [0, 0];
-    let (mut k, mut other) = (0, 0);
-    while k < first.len() {
-        let (row, end) = (first.row(k), first.row_end(k));
-        while other < second.len() && second.row(other) < row {
-            other += 1;
-        }
-        let is_shared = other < second.len() && second.row(other) == row;
-        if is_shared {
-            let end = second.row_end(other);
-            (other..end).for_each(|at| mark(second.place(at)));
-            other = end;
-        }
-        let part = usize::from(!is_shared);
-        into[part][lens[part]..lens[part] + (end - k)].copy_from_slice(&first.sorted[k..end]);
-        lens[part] += end - k;
-        k = end;
-    }
-    lens
 }
 
 /// Bits of the numbers below `n`, at least 1.

@@ -12,13 +12,15 @@
 //! update the first's rows APART    (at any time before a third call is looked up)
 //! ```
 
+use std::ops::Range;
+
 use crate::bags::{Bags, Id, Ids, Offsets, with_ids};
 use crate::disjoint::Disjoint;
 use crate::lookup::{Lookup, Output, Place};
-use crate::memory::zeros;
 use crate::occurrences::Occurrences;
 use crate::pieces::{self, Size};
 use crate::prepared::Prepared;
+use crate::row_filter::RowFilter;
 use crate::rows::with_rows;
 use crate::table_set::TableSet;
 use crate::{Context, Error, Result, named, threads};
@@ -94,24 +96,18 @@ struct SomeBags {
 }
 
 impl SomeBags {
-    fn with_capacity(bags: usize, ids: usize, weighted: bool) -> Self {
-        let mut offsets = Vec::with_capacity(bags + 1);
+    /// Those of the output rows `rows`, of all bags' `starts`.
+    fn new<I: Id>(rows: Vec<usize>, starts: &[usize], ids: &[I], weights: Option<&[f32]>) -> Self {
+        let bag = |&row: &usize| starts[row]..starts[row + 1];
+        let len = rows.iter().map(|row| bag(row).len()).sum();
+        let (mut own, mut offsets) = (Vec::with_capacity(len), Vec::with_capacity(rows.len() + 1));
         offsets.push(0);
-        Self {
-            ids: Vec::with_capacity(ids),
-            offsets,
-            weights: weighted.then(|| Vec::with_capacity(ids)),
-            rows: Vec::with_capacity(bags),
+        for row in &rows {
+            own.extend(ids[bag(row)].iter().map(|id| id.row() as i64));
+            offsets.push(own.len() as i64);
         }
-    }
-
-    fn push<I: Id>(&mut self, ids: &[I], weights: Option<&[f32]>, row: usize) {
-        self.ids.extend(ids.iter().map(|id| id.row() as i64));
-        self.offsets.push(self.ids.len() as i64);
-        if let (Some(own), Some(weights)) = (&mut self.weights, weights) {
-            own.extend_from_slice(weights);
-        }
-        self.rows.push(row);
+        let weights = weights.map(|all| rows.iter().flat_map(|row| &all[bag(row)]).copied().collect());
+        Self { ids: own, offsets, weights, rows }
     }
 
     fn bags(&self) -> Result<Bags<'_>> {
@@ -131,7 +127,6 @@ impl TableSet {
         bags: &Bags,
         ctx: &Context,
     ) -> Result<Overlap> {
-        const WHAT: &str = "the overlap of two calls";
         self.check_bags(bags)?;
         if !self.pooled {
             return Err(Error::argument("features", "pooled ones", "pooling none"));
@@ -140,16 +135,17 @@ impl TableSet {
             let expected = format!("the second call's, of {} ids", second.ids);
             return Err(Error::argument("bags", expected, format_args!("{} ids", bags.len())));
         }
-        let mut shared = zeros(bags.len(), WHAT)?;
-        let occurrences = first.occurrences.part(&second.occurrences, &mut shared, ctx)?;
+        let (updated, wanted) = (first.filters(ctx)?, second.filters(ctx)?);
+        let occurrences = first.occurrences.part(|t, row| wanted[t].may_have(row as u64), ctx)?;
         let mut features: Vec<_> = self.features.iter().map(|_| FeatureBags::Whole(Part::Shared)).collect();
         {
             let features = Disjoint::new(&mut features);
-            threads::for_each(ctx, self.features.len(), bags.len() / 4, |f| {
+            threads::for_each(ctx, self.features.len(), bags.len(), |f| {
                 #[expect(unsafe_code, reason = "features are disjoint")]
                 // SAFETY: each feature comes once.
                 let into = unsafe { &mut features.piece(f..f + 1)[0] };
-                *into = with_ids!(bags.ids, |ids| FeatureBags::new(bags, f, ids, &shared));
+                let updated = &updated[self.features[f].table];
+                *into = with_ids!(bags.ids, |ids| FeatureBags::new(bags, f, ids, updated));
             })?;
         }
         Ok(Overlap { occurrences, features, ids: second.ids, output_len: second.output_len })
@@ -229,28 +225,32 @@ impl FeatureBags {
         }
     }
 
-    /// `shared` tells the ids whose rows both calls touch.
-    fn new<I: Id>(bags: &Bags, feature: usize, ids: &[I], shared: &[u8]) -> Self {
-        let first = feature * bags.batch;
-        let is_shared = |bag: usize| shared[bags.bounds(bag)].iter().fold(0, |any, &one| any | one) > 0;
-        let parts: Vec<_> = (0..bags.batch).map(|row| is_shared(first + row)).collect();
-        let mut counts = [(0, 0); 2];
-        for (row, &is_shared) in parts.iter().enumerate() {
-            let (bag, id) = &mut counts[usize::from(!is_shared)];
-            (*bag, *id) = (*bag + 1, *id + bags.bounds(first + row).len());
+    /// `updated` has the rows that the first call touches.
+    fn new<I: Id>(bags: &Bags, feature: usize, ids: &[I], updated: &RowFilter) -> Self {
+        let mut starts = vec![0; bags.batch + 1];
+        bags.starts(feature * bags.batch, &mut starts);
+        // All ids of a bag are asked, without an early end: answers come faster than branches can be foreseen.
+        let is_shared =
+            |bag: Range<usize>| ids[bag].iter().fold(false, |any, id| any | updated.may_have(id.row()));
+        let (mut shared, mut apart) = (vec![0; bags.batch], vec![0; bags.batch]);
+        let (mut in_shared, mut apart_ids) = (0, 0);
+        // Each bag is written to both sides, and kept on one: no branch that cannot be foreseen.
+        for (row, bag) in starts.windows(2).map(|bounds| bounds[0]..bounds[1]).enumerate() {
+            let len = bag.len();
+            let is_shared = is_shared(bag);
+            shared[in_shared] = row;
+            apart[row - in_shared] = row;
+            in_shared += usize::from(is_shared);
+            apart_ids += len * usize::from(!is_shared);
         }
-        let [(shared_bags, _), (_, apart)] = counts;
-        if shared_bags == 0 {
+        if in_shared == 0 {
             return Self::Whole(Part::Apart);
         }
-        if (apart as f64) < PARTED_FROM * bags.feature_bounds(feature).len() as f64 {
+        if (apart_ids as f64) < PARTED_FROM * bags.feature_bounds(feature).len() as f64 {
             return Self::Whole(Part::Shared);
         }
-        let mut into = counts.map(|(bag, id)| SomeBags::with_capacity(bag, id, bags.weights.is_some()));
-        for (row, is_shared) in parts.into_iter().enumerate() {
-            let bag = bags.bounds(first + row);
-            into[usize::from(!is_shared)].push(&ids[bag.clone()], bags.weights.map(|w| &w[bag]), row);
-        }
-        Self::Parted(into)
+        shared.truncate(in_shared);
+        apart.truncate(bags.batch - in_shared);
+        Self::Parted([shared, apart].map(|rows| SomeBags::new(rows, &starts, ids, bags.weights)))
     }
 }

@@ -1,9 +1,12 @@
 //! A call made ready for its backward before the gradient is there: checked, its ids sorted by row, and the ways of
 //! their gradients found.
 
+use std::sync::OnceLock;
+
 use crate::bags::Bags;
 use crate::gradient::{Backward, Gradient};
 use crate::occurrences::Occurrences;
+use crate::row_filter::RowFilter;
 use crate::sources::Routes;
 use crate::table_set::TableSet;
 use crate::{Context, Error, Result};
@@ -15,6 +18,8 @@ pub struct Prepared {
     trainable: Vec<bool>,
     pub(crate) ids: usize,
     pub(crate) output_len: usize,
+    /// The rows of each table, for the overlaps with the calls before and after.
+    filters: OnceLock<Vec<RowFilter>>,
 }
 
 impl TableSet {
@@ -33,11 +38,21 @@ impl TableSet {
             trainable: trainable.to_vec(),
             ids: bags.len(),
             output_len: self.output_len(bags),
+            filters: OnceLock::new(),
         })
     }
 }
 
 impl Prepared {
+    /// The rows of each table that the call touches.
+    pub(crate) fn filters(&self, ctx: &Context) -> Result<&[RowFilter]> {
+        if self.filters.get().is_none() {
+            let made = self.occurrences.row_filters(ctx)?;
+            drop(self.filters.set(made)); // or another thread's, which are the same
+        }
+        Ok(self.filters.get().expect("they have been set"))
+    }
+
     /// Checks the gradient; after this nothing can fail.
     pub(crate) fn backward<'a>(&'a self, set: &TableSet, gradient: &Gradient<'a>) -> Result<Backward<'a>> {
         if gradient.trainable != self.trainable {
