@@ -144,6 +144,12 @@ def test_jobs_have_the_peers_of_their_optimizer_and_row_format(monkeypatch: pyte
     assert jobs["SINGLE fp32 SGD (nn.EmbeddingBag, FBGEMM TBE; plain)"] == ("nn.EmbeddingBag", "FBGEMM TBE")
     assert jobs["SINGLE fp32 Adam (nn.EmbeddingBag; huge pages)"] == ("nn.EmbeddingBag",)
     assert jobs["SINGLE bf16-split Adam (dlrm_rs fp32; plain)"] == ("dlrm_rs fp32",)
+    quick = Arguments.chosen(True, {"families": ("step",), "shapes": ("SINGLE",)})
+    assert [str(job) for job in run._jobs(quick, {}, record)] == [
+        "SINGLE fp32 RowWiseAdagrad (nn.EmbeddingBag, FBGEMM TBE; huge pages)"
+    ]
+    (job,) = run._jobs(replace(quick, formats=("bf16",)), {}, record)  # its peer is in no other environment
+    assert str(job) == "SINGLE bf16 RowWiseAdagrad (dlrm_rs fp32; plain)"
     # 26 x 250,000 x 64 elements with three numbers each are 5 GB a side.
     monkeypatch.setattr(run, "available", lambda: 8 << 30)
     assert list(run._jobs(replace(record.arguments, optimizers=("Adam",)), {}, record)) == []

@@ -23,7 +23,7 @@ from dlrm_rs.bench.quantize import QuantizeJob
 from dlrm_rs.bench.record import Record, save_record
 from dlrm_rs.bench.report import print_report
 from dlrm_rs.bench.sides import PEERS, TRAINING_PEERS, Peer
-from dlrm_rs.bench.sides.side import AUTOVEC, ENVIRONMENTS, HUGE_PAGES, PLAIN
+from dlrm_rs.bench.sides.side import ENVIRONMENTS, HUGE_PAGES, PLAIN
 from dlrm_rs.bench.step import StepJob
 from dlrm_rs.machine import describe_machine
 
@@ -123,10 +123,9 @@ def _groups(
     # Ours in fp32 is among those that train rows of other formats, and a split row is as large.
     largest = "fp32" if optimizer else row_format
     state = state_bytes(optimizer, shape.embedding_dim) if optimizer else 0
-    for environment in _environments(arguments):
+    with_peers = [e for e in _environments(arguments, family) if any(e in peer.environments for peer in peers)]
+    for environment in with_peers or [PLAIN]:
         here = [peer.name for peer in peers if environment in peer.environments]
-        if not here and environment != PLAIN:
-            continue
         free = available()
         together = groups(here, shape, largest, free, state)
         if not together:
@@ -152,6 +151,8 @@ def _no_memory(what: str, asked: int, free: int) -> str:
     return f"{what}: expected {asked >> 20:,} MiB of memory, got {free >> 20:,}"
 
 
-def _environments(arguments: Arguments) -> list[str]:
-    """All of them, but for a quick run that has no time for the last."""
-    return [name for name in ENVIRONMENTS if name != AUTOVEC or not arguments.quick]
+def _environments(arguments: Arguments, family: str) -> tuple[str, ...]:
+    """All of them, but for a quick run: of lookups the first two, of steps that in which every peer is fastest."""
+    if not arguments.quick:
+        return tuple(ENVIRONMENTS)
+    return (HUGE_PAGES,) if family == "step" else (PLAIN, HUGE_PAGES)
