@@ -150,6 +150,18 @@ def test_rows_are_checked_as_they_are_encoded(dtype: str, scale_dtype: torch.dty
     assert [table.row_formats() for table in tables.values()] == [{"embedding": expected}] * 2  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("dim", [1, 16, 24])
+@pytest.mark.parametrize("numbers", [(torch.nan, torch.inf), (torch.inf, torch.nan)])
+def test_the_first_row_that_is_not_finite_is_named(dtype: str, dim: int, numbers: tuple[float, float]) -> None:
+    table = dlrm_rs.Embedding(40, dim)
+    with torch.no_grad():
+        table.weight[18, -1], table.weight[20, 0] = numbers  # side by side for the engine
+        table.weight[30:] = 3e38  # which half precision does not hold
+    with pytest.raises(ValueError, match=r"row 18 of table 'embedding': expected finite numbers, got (NaN|inf)"):
+        dlrm_rs.quantize(table, dtype)
+
+
 def test_without_memory_for_a_table_those_before_it_are_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = model()
     others = copy.deepcopy(tables)

@@ -7,11 +7,10 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use crate::codebook;
 use crate::disjoint::Disjoint;
-use crate::kernels::compare::Compare;
+use crate::kernels::LANES;
 use crate::kernels::decode::Decode;
-use crate::kernels::encode::{Encode, Refused, Search};
+use crate::kernels::encode::{Encode, Outcome, Refused, Search};
 use crate::kernels::within::Within;
-use crate::kernels::{LANES, Lanes};
 use crate::memory::{Keeper, Memory, check_available};
 use crate::rows::with_rows;
 use crate::scales::ScaleFormat;
@@ -263,7 +262,6 @@ impl Call<'_> {
             pair_bytes: made.pair_bytes(),
             format,
             scale_format: scales,
-            codebook: made.codebook,
             elements: Disjoint::new(made.elements.as_mut_slice()),
             scales: Disjoint::new(made.scales.as_mut_slice()),
             errors: Disjoint::new(errors.as_mut_slice()),
@@ -302,7 +300,7 @@ impl Call<'_> {
         // Words, as elements and scales are to be aligned.
         let words = |row_bytes: usize| vec![0_u32; (rows * row_bytes).div_ceil(size_of::<u32>())];
         let [row_bytes, scale_bytes] = [format.row_bytes(dim), pair_bytes(format, scales)];
-        let (mut elements, mut pairs) = (words(row_bytes), words(scale_bytes));
+        let (mut elements, mut pairs, mut errors) = (words(row_bytes), words(scale_bytes), vec![0.0; rows]);
         let into = RowsMut {
             format,
             dim,
@@ -310,7 +308,8 @@ impl Call<'_> {
             scales: &mut bytemuck::cast_slice_mut(&mut pairs)[..rows * scale_bytes],
             scale_format: scales,
         };
-        level.run(Encode { source, into, search: self.search, precise: self.precise })
+        let (search, precise) = (self.search, self.precise);
+        level.run(Encode { source, into, errors: &mut errors, search, precise }).refused
     }
 
     /// Calls `run` with some rows and how many of them are a block, until all have been in one call.
@@ -397,7 +396,6 @@ struct Pass<'a> {
     format: RowFormat,
     scale_format: ScaleFormat,
     pair_bytes: usize,
-    codebook: Lanes,
     elements: Disjoint<'a, u8>,
     scales: Disjoint<'a, u8>,
     errors: Disjoint<'a, f32>,
@@ -431,14 +429,12 @@ impl Pass<'_> {
                 self.errors.piece(rows.clone()),
             )
         };
-        let (scale_format, codebook) = (self.scale_format, &self.codebook);
-        let into = RowsMut { format, dim, elements, scales, scale_format };
+        let into = RowsMut { format, dim, elements, scales, scale_format: self.scale_format };
         let Call { search, precise, .. } = *self.call;
-        let refused = self.level.run(Encode { source, into, search, precise });
+        let Outcome { refused, largest_error } =
+            self.level.run(Encode { source, into, errors, search, precise });
         self.refused.add(rows.start, refused);
-        let made = RowsRef { format, dim, elements, scales, scale_format, codebook };
-        let largest = with_rows!(made, |rows| self.level.run(Compare { source, rows, errors }));
-        self.largest_error.fetch_max(largest.to_bits(), Ordering::Relaxed);
+        self.largest_error.fetch_max(largest_error.to_bits(), Ordering::Relaxed);
     }
 
     /// The largest error, if there was no failure.

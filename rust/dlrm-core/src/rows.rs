@@ -159,26 +159,26 @@ fn groups<P: Packing, const COUNT: usize, const WHOLE: bool>(
 /// Packs a row; what its last unit has room for beyond the row's end is zero.
 #[inline(always)]
 pub(crate) fn pack<S: Simd, P: Packing>(simd: S, packing: P, row: &[f32], into: &mut [P::Unit]) {
-    pack_mapped(simd, packing, row, into, Same);
+    pack_mapped(simd, packing, row, into, &mut Same);
 }
 
 /// The same, of what `map` makes of the elements.
 #[inline(always)]
-pub(crate) fn pack_mapped<S: Simd, P: Packing, M: Map>(
+pub(crate) fn pack_mapped<S: Simd, P: Packing, M: Map<S>>(
     simd: S,
     packing: P,
     row: &[f32],
     into: &mut [P::Unit],
-    map: M,
+    map: &mut M,
 ) {
     let (vectors, rest) = row.as_chunks();
     let (whole, cut) = into.split_at_mut(vectors.len() * group_len::<P>());
     let groups: &mut [P::Group] = bytemuck::cast_slice_mut(whole);
     for (vector, group) in vectors.iter().zip(groups) {
-        packing.store(simd, group, map.map(simd, simd.load(vector)));
+        packing.store(simd, group, map.map(simd, simd.load(vector), LANES));
     }
     if !rest.is_empty() {
-        let numbers = map.map(simd, simd.load_partial(rest));
+        let numbers = map.map(simd, simd.load_partial(rest), rest.len());
         let mut group = P::Group::zeroed();
         packing.store(simd, &mut group, simd.first(numbers, rest.len()));
         let units = bytemuck::cast_slice(std::slice::from_ref(&group));
@@ -187,17 +187,17 @@ pub(crate) fn pack_mapped<S: Simd, P: Packing, M: Map>(
 }
 
 /// What becomes of elements before they are packed.
-pub(crate) trait Map: Copy {
-    fn map<S: Simd>(self, simd: S, x: S::V) -> S::V;
+pub(crate) trait Map<S: Simd> {
+    /// The first `len` lanes of `x` are a row's, the others zero.
+    fn map(&mut self, simd: S, x: S::V, len: usize) -> S::V;
 }
 
 /// Nothing.
-#[derive(Clone, Copy)]
 struct Same;
 
-impl Map for Same {
+impl<S: Simd> Map<S> for Same {
     #[inline(always)]
-    fn map<S: Simd>(self, _simd: S, x: S::V) -> S::V {
+    fn map(&mut self, _simd: S, x: S::V, _len: usize) -> S::V {
         x
     }
 }

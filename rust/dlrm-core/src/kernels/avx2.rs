@@ -81,6 +81,27 @@ impl Avx2 {
         })
     }
 
+    /// Two halves of two halves, the higher of each two: likewise.
+    #[inline(always)]
+    fn highest_quarter(self, v: Pair) -> __m128 {
+        have!({
+            let half = _mm256_max_ps(v[0], v[1]);
+            _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
+        })
+    }
+
+    /// The first lanes of all four, the second ones, and so on.
+    #[inline(always)]
+    fn transposed(self, [a, b, c, d]: [__m128; 4]) -> [__m128; 4] {
+        have!({
+            let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
+            let (first, second) = (_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+            let (ab, cd) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
+            let (third, fourth) = (_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+            [first, second, third, fourth]
+        })
+    }
+
     /// Of 8 numbers the place among `middles`, as how many are below it: by search, halving what is left.
     #[inline(always)]
     fn search(self, v: __m256, middles: &[f32; LANES - 1]) -> __m256i {
@@ -316,16 +337,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn sums(self, vectors: [Pair; 4]) -> [f32; 4] {
-        let [a, b, c, d] = vectors;
-        let (a, b, c, d) = (self.quarter(a), self.quarter(b), self.quarter(c), self.quarter(d));
+    fn sums(self, [a, b, c, d]: [Pair; 4]) -> [f32; 4] {
+        let [first, second, third, fourth] =
+            self.transposed([self.quarter(a), self.quarter(b), self.quarter(c), self.quarter(d)]);
         let mut sums = [0.0; 4];
         have!({
-            // Transposed: the first lanes of all four, the second ones, and so on.
-            let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
-            let (first, second) = (_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
-            let (ab, cd) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
-            let (third, fourth) = (_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
             let all = _mm_add_ps(_mm_add_ps(first, third), _mm_add_ps(second, fourth));
             _mm_storeu_ps(sums.as_mut_ptr(), all);
         });
@@ -333,23 +349,19 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn lowest(self, v: Pair) -> f32 {
+    fn highests(self, [a, b, c, d]: [Pair; 4]) -> [f32; 4] {
+        let [first, second, third, fourth] = self.transposed([
+            self.highest_quarter(a),
+            self.highest_quarter(b),
+            self.highest_quarter(c),
+            self.highest_quarter(d),
+        ]);
+        let mut highests = [0.0; 4];
         have!({
-            let half = _mm256_min_ps(v[0], v[1]);
-            let quarter = _mm_min_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
-            let pair = _mm_min_ps(quarter, _mm_movehl_ps(quarter, quarter));
-            _mm_cvtss_f32(_mm_min_ss(pair, _mm_movehdup_ps(pair)))
-        })
-    }
-
-    #[inline(always)]
-    fn highest(self, v: Pair) -> f32 {
-        have!({
-            let half = _mm256_max_ps(v[0], v[1]);
-            let quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
-            let pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
-            _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)))
-        })
+            let all = _mm_max_ps(_mm_max_ps(first, third), _mm_max_ps(second, fourth));
+            _mm_storeu_ps(highests.as_mut_ptr(), all);
+        });
+        highests
     }
 
     #[inline(always)]

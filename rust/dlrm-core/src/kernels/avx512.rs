@@ -235,13 +235,9 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn lowest(self, v: __m512) -> f32 {
-        Avx2::of(self).lowest(self.halves(v))
-    }
-
-    #[inline(always)]
-    fn highest(self, v: __m512) -> f32 {
-        Avx2::of(self).highest(self.halves(v))
+    fn highests(self, vectors: [__m512; 4]) -> [f32; 4] {
+        let [a, b, c, d] = vectors;
+        Avx2::of(self).highests([self.halves(a), self.halves(b), self.halves(c), self.halves(d)])
     }
 
     #[inline(always)]

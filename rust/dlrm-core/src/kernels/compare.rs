@@ -7,109 +7,159 @@
 //! brings its largest element near 1.
 
 use super::fit::Span;
-use super::{Kernel, LANES, Simd};
-use crate::rows::Rows;
+use super::{LANES, Simd};
+use crate::rows::{Map, Packing, pack_mapped};
 
-/// Rows and what they were made of.
-pub(crate) struct Compare<'a, R> {
-    /// As many rows as `errors` has.
-    pub(crate) source: &'a [f32],
-    pub(crate) rows: R,
+/// What is packed of elements, and what they are when they are read again.
+pub(super) trait Stored: Copy {
+    fn stored<S: Simd>(self, simd: S, x: S::V) -> Numbers<S::V>;
+}
+
+/// Of a vector of elements.
+pub(super) struct Numbers<V> {
+    pub(super) packed: V,
+    pub(super) read: V,
+}
+
+/// Up to [`LANES`] rows, which are looked at together, and where they go.
+pub(super) struct Group<'a, U> {
+    pub(super) rows: &'a [f32],
+    pub(super) dim: usize,
+    pub(super) into: &'a mut [U],
+    /// Units of a packed row.
+    pub(super) units: usize,
     /// The relative L2 error of each row.
-    pub(crate) errors: &'a mut [f32],
+    pub(super) errors: &'a mut [f32],
 }
 
-impl<R: Rows> Kernel for Compare<'_, R> {
-    /// The largest absolute error of an element.
-    type Output = f32;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> f32 {
-        let dim = self.rows.dim();
-        let mut worst = Worst { square: simd.splat(0.0), scaled: 0.0 };
-        let groups = self.source.chunks(dim * LANES).zip(self.errors.chunks_mut(LANES));
-        for (group, (rows, errors)) in groups.enumerate() {
-            // Divisions and roots wait long, but for 16 rows no longer than for one.
-            let (mut whole, mut off) = ([1.0; LANES], [0.0; LANES]);
-            for (i, row) in rows.chunks_exact(dim).enumerate() {
-                [whole[i], off[i]] = worst.compare(simd, self.rows, group * LANES + i, row);
-            }
-            let ratio = simd.div(simd.load(&off), simd.load(&whole));
-            errors.copy_from_slice(&simd.lanes(simd.sqrt(ratio))[..errors.len()]);
-        }
-        simd.highest(worst.square).sqrt().max(worst.scaled)
-    }
-}
-
-/// What is off most, as its square, and of rows that are scaled as it is.
-struct Worst<V> {
+/// The worst element of all rows so far.
+pub(super) struct Worst<V> {
+    /// What is off most, as its square, and of rows that are scaled as it is.
     square: V,
     scaled: f32,
 }
 
 impl<V: Copy> Worst<V> {
-    /// The sums of the squares of a row's elements, and of what row `i` of `rows` is off by: not both 0.
     #[inline(always)]
-    fn compare<S: Simd<V = V>, R: Rows>(&mut self, simd: S, rows: R, i: usize, row: &[f32]) -> [f32; 2] {
-        /// Sums of squares between these are as precise as single precision is.
-        const PRECISE: std::ops::Range<f32> = 1e-24..1e30;
-        let (squares, worst) = sum_squares(simd, rows, i, row, 1.0);
-        if squares.iter().all(|sum| PRECISE.contains(sum)) {
-            self.square = simd.max(self.square, worst);
-            return squares;
+    pub(super) fn new(simd: impl Simd<V = V>) -> Self {
+        Self { square: simd.splat(0.0), scaled: 0.0 }
+    }
+
+    /// Packs those rows of a group of which it is said how they are stored, and writes their errors. Gives back the rows,
+    /// as bits, that have a NaN or an infinity.
+    #[inline(always)]
+    pub(super) fn pack<S: Simd<V = V>, P: Packing>(
+        &mut self,
+        simd: S,
+        packing: P,
+        stored: &[Option<impl Stored>; LANES],
+        group: Group<P::Unit>,
+    ) -> u16 {
+        let Group { rows, dim, into, units, errors } = group;
+        let zero = simd.splat(0.0);
+        // Nothing waits for a sum before all rows are packed.
+        let (mut squares, mut worst) = ([zero; 2 * LANES], [zero; LANES]);
+        for (i, (row, into)) in rows.chunks_exact(dim).zip(into.chunks_exact_mut(units)).enumerate() {
+            if let Some(stored) = stored[i] {
+                let compared = pack(simd, packing, stored, row, into, 1.0);
+                [squares[2 * i], squares[2 * i + 1]] = [compared.whole, compared.off];
+                worst[i] = compared.worst;
+            }
         }
-        let unit = near_one(Span::of(simd, row).largest());
-        let (squares, worst) = sum_squares(simd, rows, i, row, unit);
+        let (mut whole, mut off) = ([0.0; LANES], [0.0; LANES]);
+        for (i, two) in squares.as_chunks().0.iter().enumerate() {
+            [whole[2 * i], off[2 * i], whole[2 * i + 1], off[2 * i + 1]] = simd.sums(*two);
+        }
+        let mut not_finite = 0;
+        for (i, (row, into)) in rows.chunks_exact(dim).zip(into.chunks_exact_mut(units)).enumerate() {
+            if let Some(stored) = stored[i] {
+                if are_precise(whole[i], off[i]) {
+                    self.square = simd.max(self.square, worst[i]);
+                } else if let Some(sums) = self.pack_scaled(simd, packing, stored, row, into) {
+                    [whole[i], off[i]] = sums;
+                } else {
+                    not_finite |= 1 << i;
+                }
+            }
+        }
+        // Divisions and roots wait long, but for 16 rows no longer than for one.
+        let ratios = simd.div(simd.load(&off), simd.load(&whole));
+        errors.copy_from_slice(&simd.lanes(simd.sqrt(ratios))[..errors.len()]);
+        not_finite
+    }
+
+    /// The sums of the squares of a row's elements, and of what they are off by, of the row near 1. `None` if it has a NaN
+    /// or an infinity.
+    #[inline(always)]
+    fn pack_scaled<S: Simd<V = V>, P: Packing>(
+        &mut self,
+        simd: S,
+        packing: P,
+        stored: impl Stored,
+        row: &[f32],
+        into: &mut [P::Unit],
+    ) -> Option<[f32; 2]> {
+        let unit = near_one(Span::of(simd, row)?.largest());
+        let Compared { whole, off, worst, .. } = pack(simd, packing, stored, row, into, unit);
         self.scaled = self.scaled.max(simd.highest(worst).sqrt() / unit);
-        let [whole, off] = squares;
-        if off > 0.0 { [whole, off] } else { [1.0, 0.0] }
+        let [whole, off, ..] = simd.sums([whole, off, whole, off]);
+        Some(if off > 0.0 { [whole, off] } else { [1.0, 0.0] })
+    }
+
+    /// The largest absolute error of an element.
+    #[inline(always)]
+    pub(super) fn largest(&self, simd: impl Simd<V = V>) -> f32 {
+        simd.highest(self.square).sqrt().max(self.scaled)
     }
 }
 
-/// The sums of the squares of a row's elements, and of what row `i` of `rows` is off by, all times `unit`; and the largest
-/// of the latter squares, in any lane.
+/// Whether sums of squares are as precise as single precision is.
 #[inline(always)]
-fn sum_squares<S: Simd, R: Rows>(simd: S, rows: R, i: usize, row: &[f32], unit: f32) -> ([f32; 2], S::V) {
-    /// Vectors that are decoded at once.
-    const COUNT: usize = 4;
-    let mut squares = Squares { unit: simd.splat(unit), sums: [simd.splat(0.0); 4], worst: simd.splat(0.0) };
-    let (vectors, rest) = row.as_chunks();
-    let mut at = 0;
-    for vectors in vectors.chunks_exact(COUNT) {
-        let decoded = rows.load::<S, COUNT, true>(simd, i, at);
-        for k in 0..COUNT {
-            squares.add(simd, simd.load(&vectors[k]), decoded[k]);
-        }
-        at += COUNT * LANES;
-    }
-    for vector in vectors.chunks_exact(COUNT).remainder() {
-        squares.add(simd, simd.load(vector), rows.load_at(simd, i, at));
-        at += LANES;
-    }
-    if !rest.is_empty() {
-        squares.add(simd, simd.load_partial(rest), rows.load_at(simd, i, at));
-    }
-    let [whole, off, ..] = simd.sums(squares.sums);
-    ([whole, off], squares.worst)
+fn are_precise(whole: f32, off: f32) -> bool {
+    const PRECISE: std::ops::Range<f32> = 1e-24..1e30;
+    PRECISE.contains(&whole) && (off == 0.0 || PRECISE.contains(&off))
 }
 
-/// What [`sum_squares`] adds up.
-struct Squares<V> {
+/// Packs a row, and compares it times `unit`.
+#[inline(always)]
+fn pack<S: Simd, P: Packing, T: Stored>(
+    simd: S,
+    packing: P,
+    stored: T,
+    row: &[f32],
+    into: &mut [P::Unit],
+    unit: f32,
+) -> Compared<S::V, T> {
+    let zero = simd.splat(0.0);
+    let mut compared = Compared { stored, unit: simd.splat(unit), whole: zero, off: zero, worst: zero };
+    pack_mapped(simd, packing, row, into, &mut compared);
+    compared
+}
+
+/// What [`pack`] finds on the way.
+struct Compared<V, T> {
+    stored: T,
     unit: V,
-    /// Of elements, and of what they are off by; the others are not used.
-    sums: [V; 4],
+    /// The sums, in any lane, of the squares of the elements, and of what they are off by.
+    whole: V,
+    off: V,
+    /// The largest of the latter.
     worst: V,
 }
 
-impl<V: Copy> Squares<V> {
+impl<S: Simd, T: Stored> Map<S> for Compared<S::V, T> {
     #[inline(always)]
-    fn add<S: Simd<V = V>>(&mut self, simd: S, x: V, decoded: V) {
-        let off = simd.mul(simd.sub(x, decoded), self.unit);
-        let x = simd.mul(x, self.unit);
-        let square = simd.mul(off, off);
+    fn map(&mut self, simd: S, x: S::V, len: usize) -> S::V {
+        let Numbers { packed, read } = self.stored.stored(simd, x);
+        let mut off = simd.mul(simd.sub(x, read), self.unit);
+        if len < LANES {
+            off = simd.first(off, len);
+        }
+        let (x, square) = (simd.mul(x, self.unit), simd.mul(off, off));
+        self.whole = simd.add(self.whole, simd.mul(x, x));
+        self.off = simd.add(self.off, square);
         self.worst = simd.max(self.worst, square);
-        self.sums[0] = simd.add(self.sums[0], simd.mul(x, x));
-        self.sums[1] = simd.add(self.sums[1], square);
+        packed
     }
 }
 

@@ -6,11 +6,14 @@
 //!                    finds them
 //! ```
 
+use bytemuck::Zeroable;
+
+use super::compare::{Group, Numbers, Stored, Worst};
 use super::fit::{Affine, CODEBOOK_STARTS, Code, Codebook, Fit, STARTS, Span, Uniform};
 use super::minmax::MinMax;
 use super::{Kernel, LANES, Simd};
 use crate::RowFormat;
-use crate::rows::{Bf16, Fp16, Fp32, Int2, Int4, Int8, Map, Packing, pack, pack_mapped};
+use crate::rows::{Bf16, Fp16, Fp32, Int2, Int4, Int8, Packing};
 use crate::scales;
 use crate::table_rows::{RowsMut, UNIFORM};
 
@@ -30,13 +33,23 @@ pub(crate) struct Encode<'a> {
     /// As many rows as `into` has.
     pub(crate) source: &'a [f32],
     pub(crate) into: RowsMut<'a>,
+    /// The relative L2 error of each row.
+    pub(crate) errors: &'a mut [f32],
     pub(crate) search: Search,
     /// Whether scales that the format holds only with less than its usual precision are refused.
     pub(crate) precise: bool,
 }
 
+/// What became of rows.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Outcome {
+    pub(crate) refused: Refused,
+    /// The largest absolute error of an element.
+    pub(crate) largest_error: f32,
+}
+
 /// The first rows, if any, that cannot be encoded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Refused {
     /// The first with a NaN or an infinity.
     pub(crate) not_finite: Option<usize>,
@@ -44,21 +57,33 @@ pub(crate) struct Refused {
     pub(crate) not_held: Option<usize>,
 }
 
+impl Refused {
+    /// Counts the row at `place`.
+    #[cold]
+    fn add(&mut self, row: &[f32], place: usize) {
+        let finite = row.iter().all(|x| x.is_finite());
+        let first = if finite { &mut self.not_held } else { &mut self.not_finite };
+        *first = Some(first.map_or(place, |lowest| lowest.min(place)));
+    }
+}
+
 impl Kernel for Encode<'_> {
-    type Output = Refused;
+    type Output = Outcome;
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) -> Refused {
+    fn run<S: Simd>(mut self, simd: S) -> Outcome {
         /// The largest number that does not become infinite when it is rounded to half precision; to bfloat16.
         const FP16_LARGEST: f32 = f32::from_bits(0x477F_EFFF);
         const BF16_LARGEST: f32 = f32::from_bits(0x7F7F_7FFF);
-        match self.into.format {
-            RowFormat::Fp32 => self.elements(simd, Fp32, f32::MAX),
-            RowFormat::Fp16 => self.elements(simd, Fp16, FP16_LARGEST),
-            RowFormat::Bf16 => self.elements(simd, Bf16, BF16_LARGEST),
-            RowFormat::Int8 => self.codes(simd, Int8),
-            RowFormat::Int4 => self.codes(simd, Int4(&UNIFORM)),
-            RowFormat::Int2 => self.codes(simd, Int2),
+        let format = self.into.format;
+        match (format, self.search) {
+            (RowFormat::Fp32, _) => self.elements(simd, Fp32, f32::MAX),
+            (RowFormat::Fp16, _) => self.elements(simd, Fp16, FP16_LARGEST),
+            (RowFormat::Bf16, _) => self.elements(simd, Bf16, BF16_LARGEST),
+            (RowFormat::Int8, _) => self.codes(simd, Int8, Uniform::of(format)),
+            (RowFormat::Int4, Search::Codebook(codebook)) => self.codes(simd, Int4(&UNIFORM), codebook),
+            (RowFormat::Int4, _) => self.codes(simd, Int4(&UNIFORM), Uniform::of(format)),
+            (RowFormat::Int2, _) => self.codes(simd, Int2, Uniform::of(format)),
         }
     }
 }
@@ -66,106 +91,96 @@ impl Kernel for Encode<'_> {
 impl Encode<'_> {
     /// Writes rows whose elements are numbers of at most `largest` in size.
     #[inline(always)]
-    fn elements<S: Simd, P: Packing>(&mut self, simd: S, packing: P, largest: f32) -> Refused {
-        let mut refused = Refused::default();
+    fn elements<S: Simd, P: Packing>(&mut self, simd: S, packing: P, largest: f32) -> Outcome {
+        let (mut refused, mut worst) = (Refused::default(), Worst::new(simd));
         let dim = self.into.dim;
-        let elements = bytemuck::cast_slice_mut(self.into.elements);
-        let rows = self.source.chunks_exact(dim).zip(elements.chunks_exact_mut(dim));
-        for (i, (row, into)) in rows.enumerate() {
-            let span = Span::of(simd, row);
-            if !span.finite {
-                refused.not_finite.get_or_insert(i);
-            } else if span.largest() > largest {
-                refused.not_held.get_or_insert(i);
+        let groups = self.source.chunks(dim * LANES).zip(self.errors.chunks_mut(LANES));
+        let into = bytemuck::cast_slice_mut(self.into.elements).chunks_mut(dim * LANES);
+        for (at, ((rows, errors), into)) in groups.zip(into).enumerate() {
+            let mut stored = [None; LANES];
+            for (i, row) in rows.chunks_exact(dim).enumerate() {
+                if Span::of(simd, row).is_some_and(|span| span.largest() <= largest) {
+                    stored[i] = Some(Rounded(packing));
+                } else {
+                    refused.add(row, at * LANES + i);
+                }
             }
-            pack(simd, packing, row, into);
+            worst.pack(simd, packing, &stored, Group { rows, dim, into, units: dim, errors });
         }
-        refused
+        Outcome { refused, largest_error: worst.largest(simd) }
     }
 
     /// Writes rows of codes.
     #[inline(always)]
-    fn codes<S: Simd, P: Packing<Unit = u8>>(&mut self, simd: S, packing: P) -> Refused {
-        let mut refused = Refused::default();
+    fn codes<S: Simd, P: Packing<Unit = u8>, C: Code>(&mut self, simd: S, packing: P, code: C) -> Outcome {
+        let (mut refused, mut worst) = (Refused::default(), Worst::new(simd));
         let RowsMut { format, dim, scale_format, .. } = self.into;
-        let uniform = Uniform { largest: format.largest_code() };
-        let groups = self.source.chunks(dim * LANES);
-        let into = self.into.elements.chunks_mut(format.row_bytes(dim) * LANES);
-        for (group, (rows, into)) in groups.zip(into).enumerate() {
-            let mut spans = [Span::default(); LANES];
-            for (span, row) in spans.iter_mut().zip(rows.chunks_exact(dim)) {
-                *span = Span::of(simd, row);
-            }
+        let units = format.row_bytes(dim);
+        let groups = self.source.chunks(dim * LANES).zip(self.errors.chunks_mut(LANES));
+        let into = self.into.elements.chunks_mut(units * LANES);
+        for (at, ((rows, errors), into)) in groups.zip(into).enumerate() {
+            let spans = Span::of_rows(simd, rows, dim);
             let minmax = MinMax::of(simd, &spans, format, scale_format);
-            let into = into.chunks_exact_mut(format.row_bytes(dim));
-            for (i, (row, into)) in rows.chunks_exact(dim).zip(into).enumerate() {
+            let mut stored = [None; LANES];
+            for (i, row) in rows.chunks_exact(dim).enumerate() {
                 let (affine, precise) = minmax.get(i);
-                let place = group * LANES + i;
-                if !spans[i].finite {
-                    refused.not_finite.get_or_insert(place);
-                } else if !affine.is_finite() || (self.precise && !precise) {
-                    refused.not_held.get_or_insert(place);
-                } else {
-                    let fit = Fit { row, span: spans[i], scale_format };
-                    let found = self.search.encode(simd, packing, fit, uniform, affine, into);
-                    scales::store(scale_format, self.into.scales, place, [found.scale, found.bias]);
+                let place = at * LANES + i;
+                if !affine.is_finite() || (self.precise && !precise) {
+                    refused.add(row, place);
+                    continue;
                 }
+                let fit = Fit { row, span: spans[i], scale_format };
+                let affine = self.search.find(simd, fit, code, affine);
+                scales::store(scale_format, self.into.scales, place, [affine.scale, affine.bias]);
+                stored[i] = Some(Coded { affine, code });
+            }
+            let not_finite = worst.pack(simd, packing, &stored, Group { rows, dim, into, units, errors });
+            if not_finite != 0 {
+                let i = not_finite.trailing_zeros() as usize;
+                refused.add(&rows[i * dim..][..dim], at * LANES + i);
             }
         }
-        refused
+        Outcome { refused, largest_error: worst.largest(simd) }
     }
 }
 
 impl Search {
-    /// Writes a row's codes, and tells what they mean; `minmax` is what they mean without a search.
+    /// What a row's codes mean; `minmax` is what they mean without a search.
     #[inline(always)]
-    fn encode<S: Simd, P: Packing>(
-        self,
-        simd: S,
-        packing: P,
-        fit: Fit,
-        uniform: Uniform,
-        minmax: Affine,
-        into: &mut [P::Unit],
-    ) -> Affine {
+    fn find<S: Simd>(self, simd: S, fit: Fit, code: impl Code, minmax: Affine) -> Affine {
         match self {
-            Self::MinMax => encode(simd, packing, fit.row, into, uniform, minmax),
-            Self::LeastSquares => {
-                let best = fit.best(simd, uniform, minmax, STARTS);
-                encode(simd, packing, fit.row, into, uniform, best)
-            }
-            Self::Codebook(codebook) => {
-                let best = fit.best(simd, codebook, minmax, CODEBOOK_STARTS);
-                encode(simd, packing, fit.row, into, codebook, best)
-            }
+            Self::MinMax => minmax,
+            Self::LeastSquares => fit.best(simd, code, minmax, STARTS),
+            Self::Codebook(_) => fit.best(simd, code, minmax, CODEBOOK_STARTS),
         }
     }
 }
 
-/// Writes a row's codes, and gives back what they mean.
-#[inline(always)]
-fn encode<S: Simd, P: Packing, C: Code>(
-    simd: S,
-    packing: P,
-    row: &[f32],
-    into: &mut [P::Unit],
-    code: C,
-    affine: Affine,
-) -> Affine {
-    pack_mapped(simd, packing, row, into, Coded { affine, code });
-    affine
+/// Elements are stored as the nearest numbers of a packing.
+#[derive(Clone, Copy)]
+struct Rounded<P>(P);
+
+impl<P: Packing> Stored for Rounded<P> {
+    #[inline(always)]
+    fn stored<S: Simd>(self, simd: S, x: S::V) -> Numbers<S::V> {
+        let mut group = P::Group::zeroed();
+        self.0.store(simd, &mut group, x);
+        Numbers { packed: x, read: self.0.load(simd, &group) }
+    }
 }
 
-/// Codes.
+/// Elements are stored as codes.
 #[derive(Clone, Copy)]
 struct Coded<C> {
     affine: Affine,
     code: C,
 }
 
-impl<C: Code> Map for Coded<C> {
+impl<C: Code> Stored for Coded<C> {
     #[inline(always)]
-    fn map<S: Simd>(self, simd: S, x: S::V) -> S::V {
-        self.code.index(simd, self.affine.to_codes(simd, x))
+    fn stored<S: Simd>(self, simd: S, x: S::V) -> Numbers<S::V> {
+        let x = self.affine.to_codes(simd, x);
+        let read = self.affine.decoded(simd, self.code.nearest(simd, x));
+        Numbers { packed: self.code.index(simd, x), read }
     }
 }

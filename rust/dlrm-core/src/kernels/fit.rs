@@ -6,6 +6,7 @@
 //! ```
 
 use super::{LANES, Lanes, Simd};
+use crate::RowFormat;
 use crate::scales::ScaleFormat;
 use crate::table_rows::UNIFORM;
 
@@ -36,38 +37,85 @@ impl Codebook {
 pub(crate) struct Span {
     pub(super) min: f32,
     pub(super) max: f32,
-    pub(super) finite: bool,
 }
 
 impl Span {
+    /// `None` if an element is a NaN or an infinity.
     #[inline(always)]
-    pub(crate) fn of<S: Simd>(simd: S, row: &[f32]) -> Self {
-        let first = simd.splat(row[0]);
-        let (mut min, mut max, mut sum) = (first, first, simd.splat(0.0));
-        let (whole, rest) = row.as_chunks();
-        for x in whole {
-            let x = simd.load(x);
-            (min, max, sum) = (simd.min(min, x), simd.max(max, x), simd.add(sum, x));
+    pub(crate) fn of<S: Simd>(simd: S, row: &[f32]) -> Option<Self> {
+        let reach = Reach::of::<true>(simd, row);
+        // What is not finite makes the sum so; large numbers may, too.
+        let finite = simd.sum(reach.sum).is_finite() || row.iter().all(|x| x.is_finite());
+        let [max, down] = reach.ends(simd);
+        let [max, down, ..] = simd.highests([max, down, max, down]);
+        finite.then(|| Self::new(max, down))
+    }
+
+    /// Of up to [`LANES`] rows; anything of those that are not finite.
+    #[inline(always)]
+    pub(super) fn of_rows<S: Simd>(simd: S, rows: &[f32], dim: usize) -> [Self; LANES] {
+        let mut vectors = [simd.splat(0.0); 2 * LANES];
+        for (i, row) in rows.chunks_exact(dim).enumerate() {
+            [vectors[2 * i], vectors[2 * i + 1]] = Reach::of::<false>(simd, row).ends(simd);
         }
-        if !rest.is_empty() {
-            let mut x = [row[0]; LANES];
-            x[..rest.len()].copy_from_slice(rest);
-            let x = simd.load(&x);
-            (min, max, sum) = (simd.min(min, x), simd.max(max, x), simd.add(sum, x));
+        let mut spans = [Self::default(); LANES];
+        for (two, vectors) in spans.as_chunks_mut().0.iter_mut().zip(vectors.as_chunks().0) {
+            let [max, down, next_max, next_down] = simd.highests(*vectors);
+            *two = [Self::new(max, down), Self::new(next_max, next_down)];
         }
+        spans
+    }
+
+    #[inline(always)]
+    fn new(max: f32, down: f32) -> Self {
         // Zeros of either sign are equal, and which one is found depends on the order: + 0.0 makes them positive.
-        Self {
-            min: simd.lowest(min) + 0.0,
-            max: simd.highest(max) + 0.0,
-            // What is not finite makes the sum so; large numbers may, too.
-            finite: simd.sum(sum).is_finite() || row.iter().all(|x| x.is_finite()),
-        }
+        Self { min: 0.0 - down, max: max + 0.0 }
     }
 
     /// The largest element in size.
     #[inline(always)]
     pub(crate) fn largest(self) -> f32 {
         self.max.max(-self.min)
+    }
+}
+
+/// How far the elements reach that come to the same lane.
+struct Reach<V> {
+    min: V,
+    max: V,
+    /// Of all elements.
+    sum: V,
+}
+
+impl<V: Copy> Reach<V> {
+    #[inline(always)]
+    fn of<const SUM: bool>(simd: impl Simd<V = V>, row: &[f32]) -> Self {
+        let first = simd.splat(row[0]);
+        let mut reach = Self { min: first, max: first, sum: simd.splat(0.0) };
+        let (whole, rest) = row.as_chunks();
+        for x in whole {
+            reach.add::<SUM>(simd, simd.load(x));
+        }
+        if !rest.is_empty() {
+            let mut x = [row[0]; LANES];
+            x[..rest.len()].copy_from_slice(rest);
+            reach.add::<SUM>(simd, simd.load(&x));
+        }
+        reach
+    }
+
+    #[inline(always)]
+    fn add<const SUM: bool>(&mut self, simd: impl Simd<V = V>, x: V) {
+        (self.min, self.max) = (simd.min(self.min, x), simd.max(self.max, x));
+        if SUM {
+            self.sum = simd.add(self.sum, x);
+        }
+    }
+
+    /// The greatest, and how far down the least is: the greatest of all elements less than nothing.
+    #[inline(always)]
+    fn ends(&self, simd: impl Simd<V = V>) -> [V; 2] {
+        [self.max, simd.sub(simd.splat(0.0), self.min)]
     }
 }
 
@@ -84,6 +132,12 @@ impl Affine {
     #[inline(always)]
     pub(super) fn is_finite(self) -> bool {
         self.scale.is_finite() && self.bias.is_finite()
+    }
+
+    /// `scale * code + bias`.
+    #[inline(always)]
+    pub(super) fn decoded<S: Simd>(self, simd: S, code: S::V) -> S::V {
+        simd.add(simd.mul(code, simd.splat(self.scale)), simd.splat(self.bias))
     }
 
     /// `(x - bias) / scale`.
@@ -105,7 +159,15 @@ pub(crate) trait Code: Copy {
 /// Codes that are their own numbers.
 #[derive(Clone, Copy)]
 pub(super) struct Uniform {
-    pub(super) largest: f32,
+    largest: f32,
+}
+
+impl Uniform {
+    /// Those of a quantized format.
+    #[inline(always)]
+    pub(super) fn of(format: RowFormat) -> Self {
+        Self { largest: format.largest_code() }
+    }
 }
 
 impl Code for Uniform {
@@ -342,7 +404,7 @@ impl Fit<'_> {
         let x = load::<S, WHOLE>(simd, self.row, at);
         for i in 0..N {
             let codes = code.nearest(simd, found[i].to_codes(simd, x));
-            let decoded = simd.add(simd.mul(codes, simd.splat(found[i].scale)), simd.splat(found[i].bias));
+            let decoded = found[i].decoded(simd, codes);
             let off = cut::<S, WHOLE>(simd, simd.mul(simd.sub(x, decoded), unit), self.row, at);
             squares[i] = simd.add(squares[i], simd.mul(off, off));
         }

@@ -171,16 +171,20 @@ pub(crate) trait Simd: Copy {
         sums
     }
 
-    /// The lowest lane; none is NaN.
-    #[inline(always)]
-    fn lowest(self, v: Self::V) -> f32 {
-        halved(self.lanes(v), |a, b| if b < a { b } else { a })
-    }
-
     /// The highest lane; none is NaN.
     #[inline(always)]
     fn highest(self, v: Self::V) -> f32 {
-        halved(self.lanes(v), |a, b| if b > a { b } else { a })
+        self.highests([v; 4])[0]
+    }
+
+    /// [`Simd::highest`] of each.
+    #[inline(always)]
+    fn highests(self, vectors: [Self::V; 4]) -> [f32; 4] {
+        let mut highests = [0.0; 4];
+        for i in 0..4 {
+            highests[i] = halved(self.lanes(vectors[i]), |a, b| if b > a { b } else { a });
+        }
+        highests
     }
 
     /// In memory.

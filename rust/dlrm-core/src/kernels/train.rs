@@ -30,7 +30,9 @@ impl Kernel for Train<'_> {
     fn run<S: Simd>(self, simd: S) -> Self::Output {
         let mut sums = [[0.0; 2]; LANES];
         for row in self.rows.chunks_exact(self.dim) {
-            let span = Span::of(simd, row);
+            let Some(span) = Span::of(simd, row) else {
+                continue; // which is refused later
+            };
             let scale = (span.max - span.min) / (LANES - 1) as f32;
             if !scale.is_normal() {
                 continue; // any codebook suits a constant row

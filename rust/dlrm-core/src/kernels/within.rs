@@ -16,7 +16,6 @@ impl Kernel for Within<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> bool {
-        let span = Span::of(simd, self.numbers);
-        span.finite && span.largest() <= self.largest
+        Span::of(simd, self.numbers).is_some_and(|span| span.largest() <= self.largest)
     }
 }
