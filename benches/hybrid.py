@@ -23,6 +23,7 @@ many threads. Device is what the dense layers take alone. 100 % is a step as lon
 On a stand-in the dense layers are a queued kernel (`Queued`), which costs the host what a launch does and computes
 nothing; d and e need a GPU. The device takes 0.5, 1 and 2 times what the CPU does, or `--latency`. `--rest` is the
 share of the device's time that needs no rows and delays no gradient, as bottom layers and dense optimizer do.
+The summary of the exact pipeline is printed with `--profile`.
 """
 
 from __future__ import annotations
@@ -122,18 +123,18 @@ class Queued(nn.Module):
         self._number = 0
 
     def forward(self, dense: Tensor, sparse: Any) -> Tensor:
-        """Logits, `(B, 1)`."""
+        """The loss: a scalar."""
         self._number += 1
         gradient = self._gradients[self._number % GRADIENTS]
-        logits: Tensor = _Kernel.apply(self.embeddings(sparse).values(), gradient)
-        return logits + self.bias
+        loss: Tensor = _Kernel.apply(self.embeddings(sparse).values(), gradient)
+        return loss + self.bias.sum()
 
 
 class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gradient: Tensor) -> Tensor:
         ctx.gradient = gradient
-        return rows.new_zeros(len(rows), 1)
+        return rows.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -211,6 +212,12 @@ def ours(case: Case, device: Device) -> nn.Module:
     return dense_model(collection, case, device)
 
 
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """That of clicks; a queued kernel has it already, as its host would spend on it what a GPU's does not."""
+    queued: Tensor = model(batch.dense, batch.sparse) if isinstance(model, Queued) else click_loss(model, batch)
+    return queued
+
+
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """SGD on the dense layers, and on tables of torch's."""
     dense = [p for name, p in model.named_parameters() if "bags" not in name]
@@ -230,7 +237,7 @@ def plain_steps(model: nn.Module, case: Case, batches: list[Batch], device: Devi
     def step(batch: Batch) -> None:
         for optimizer in steps:
             optimizer.zero_grad()
-        click_loss(model, batch).backward()
+        loss(model, batch).backward()
         for optimizer in steps:
             optimizer.step()
 
@@ -242,7 +249,11 @@ def pipeline_steps(
 ) -> list[float]:
     """Seconds of the steps of a pipeline."""
     loader = rotation(batches, WARM_UP + case.steps)
-    return seconds(dlrm_rs.Pipeline(model, optimizers(model)[0], loader, updates=updates, profile=profile), device)
+    pipeline = dlrm_rs.Pipeline(model, optimizers(model)[0], loader, loss, updates=updates, profile=profile)
+    times = seconds(pipeline, device)
+    if profile is not None:
+        print(pipeline.summary())
+    return times
 
 
 def seconds(steps: Iterable[object], device: Device) -> list[float]:
@@ -274,13 +285,12 @@ def dense_step(case: Case, batches: list[Batch], device: Device) -> float:
     return statistics.median(plain_steps(dense_model(Rows(), case, device), case, batches, device))
 
 
-def run(case: Case, device: Device, cpu: float, dense: float, repeats: int, profile: Path | None) -> list[Result]:
-    """Every side that this device has.
+def run(case: Case, device: Device, dense: float, repeats: int, profile: Path | None) -> tuple[float, list[Result]]:
+    """Seconds of a step on the host, and every side that this device has.
 
     Args:
         case: Tables and batches.
         device: Where the dense layers are.
-        cpu: What of a step runs on the host.
         dense: What the dense layers take alone.
         repeats: Rounds.
         profile: A file for the trace of the exact pipeline.
@@ -289,7 +299,9 @@ def run(case: Case, device: Device, cpu: float, dense: float, repeats: int, prof
     is_gpu = device.torch_device.type == "cuda"
     torch.manual_seed(0)
     bags, model = dense_model(TorchBags(case, torch.device("cpu")), case, device), ours(case, device)
+    free = StandIn(0.0, copies=False)
     sides: dict[str, Callable[[], list[float]]] = {
+        "CPU": partial(plain_steps, ours(case, free), case, batches, free),
         "a nn.EmbeddingBag, CPU": partial(plain_steps, bags, case, batches, device),
         "b dlrm_rs, plain": partial(plain_steps, model, case, batches, device),
         "c dlrm_rs, exact": partial(pipeline_steps, model, case, batches, device, "exact", profile),
@@ -307,7 +319,8 @@ def run(case: Case, device: Device, cpu: float, dense: float, repeats: int, prof
     steps = {side: statistics.median(chain.from_iterable(times[side] for times in rounds)) for side in sides}
     if not is_gpu:
         steps["a nn.EmbeddingBag, CPU"] += dense  # its rows go to no stand-in by themselves
-    plain = steps["b dlrm_rs, plain"]
+    cpu, plain = steps.pop("CPU"), steps["b dlrm_rs, plain"]
+    print(f"  CPU {1e3 * cpu:.3f} ms, device {1e3 * dense:.3f} ms")
     results = []
     for side, step in steps.items():
         spread, samples = max(medians[side]) - min(medians[side]), case.batch_size / step
@@ -315,7 +328,7 @@ def run(case: Case, device: Device, cpu: float, dense: float, repeats: int, prof
         idle = max(1 - dense / step, 0.0) if side[0] in "abc" else None
         results.append(Result(side, step, spread, samples, idle, hidden))
         print_result(results[-1])
-    return results
+    return cpu, results
 
 
 def print_result(result: Result) -> None:
@@ -335,20 +348,21 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             yield Case(shape, rows, batch_size, options.zipf, options.steps)
 
 
-def devices(case: Case, options: argparse.Namespace) -> Iterator[tuple[Device, float, float]]:
-    """Devices, each with the seconds of a step on the host and on it."""
-    free = StandIn(0.0, copies=False)
+def devices(case: Case, options: argparse.Namespace) -> Iterator[tuple[Device, float]]:
+    """Devices, each with the seconds that the dense layers take on it."""
     batches = case.batches()
-    cpu = statistics.median(plain_steps(ours(case, free), case, batches, free))
-    print(f"  CPU {1e3 * cpu:.3f} ms")
     if not options.stand_in:
         device = output_device("cuda")
-        yield device, cpu, dense_step(case, batches, device)
+        yield device, dense_step(case, batches, device)
         return
-    for dense in [factor * cpu for factor in (0.5, 1.0, 2.0)] if options.latency is None else [options.latency]:
-        print(f"  device {1e3 * dense:.3f} ms, of which {options.rest:.0%} need no rows")
+    times = [options.latency]
+    if options.latency is None:
+        free = StandIn(0.0, copies=False)
+        cpu = statistics.median(plain_steps(ours(case, free), case, batches, free))
+        times = [factor * cpu for factor in (0.5, 1.0, 2.0)]
+    for dense in times:
         rest = options.rest * dense
-        yield StandIn(dense - rest, options.bandwidth, rest, copies=False), cpu, dense
+        yield StandIn(dense - rest, options.bandwidth, rest, copies=False), dense
 
 
 def main() -> None:
@@ -376,8 +390,8 @@ def main() -> None:
         record["device"] = torch.cuda.get_device_name()
     for case in cases(options):
         print(f"{case.shape}, B {case.batch_size}, Zipf {case.zipf}, {sum(case.rows):,} rows of {case.dim}")
-        for device, cpu, dense in devices(case, options):
-            results = run(case, device, cpu, dense, options.repeats, options.profile)
+        for device, dense in devices(case, options):
+            cpu, results = run(case, device, dense, options.repeats, options.profile)
             described = {"shape": case.shape, "rows": sum(case.rows), "batch_size": case.batch_size, "zipf": case.zipf}
             times = {"cpu": cpu, "device": dense, "rest": options.rest if options.stand_in else None}
             record["cases"].append(described | times | {"results": [asdict(result) for result in results]})
