@@ -1,5 +1,6 @@
 """`torch.compile(fullgraph=True)`: the same results as without, in one graph, whatever the batch."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -258,3 +259,64 @@ def test_sparse_gradients_are_refused_in_words() -> None:
 def test_importing_the_package_does_not_import_the_compiler() -> None:
     code = "import sys, dlrm_rs; assert not {'torch._dynamo', 'torch._inductor'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def _sizes_of_the_data() -> Iterator[None]:
+    """Have graphs read numbers out of tensors, as newer versions of torch do with `fullgraph=True`."""
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True) if old else contextlib.nullcontext():
+        yield
+
+
+# Features in another order than the tables', one that none looks up, and one that two tables do.
+KEYS = ["other", "f2", "f0", "f1"]
+
+
+def unordered(batch_size: int, is_weighted: bool) -> dlrm_rs.KeyedJaggedTensor:
+    indices, offsets, weights = batch(9, 4 * batch_size)
+    given = weights.requires_grad_() if is_weighted else None
+    return dlrm_rs.KeyedJaggedTensor(KEYS, indices, given, lengths=offsets.diff())
+
+
+@pytest.mark.usefixtures("_sizes_of_the_data")
+@pytest.mark.parametrize("optimizer", [None, OPTIMIZERS["adagrad"]], ids=["torch", "fused"])
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_features_in_another_order_are_in_the_graph(backend: str, optimizer: Any) -> None:
+    tables = [dlrm_rs.EmbeddingBagConfig(f"t{i}", 9, 3 + i, [f"f{i}"], "sum") for i in range(3)]
+    tables.append(dlrm_rs.EmbeddingBagConfig("again", 9, 2, ["f1"], "sum"))
+    model = dlrm_rs.EmbeddingBagCollection(tables, is_weighted=True, optimizer=optimizer)
+    copied = copy.deepcopy(model)
+    compiled = torch.compile(copied, fullgraph=True, backend=backend, dynamic=True)
+    for size in (7, 5, 12):
+        features = unordered(size, True)
+        pooled = [call(features).values() for call in (model, compiled)]
+        assert_close(pooled[1], pooled[0])
+        weights = [torch.autograd.grad(out.square().sum(), features.weights())[0] for out in pooled]
+        assert_close(weights[1], weights[0])
+    assert_close(copied.state_dict(), model.state_dict())
+    assert graphs() <= 2
+
+
+@pytest.mark.usefixtures("_sizes_of_the_data")
+@pytest.mark.parametrize("optimizer", [None, OPTIMIZERS["adagrad"]], ids=["torch", "fused"])
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_an_embedding_collection_is_one_graph(backend: str, optimizer: Any) -> None:
+    tables = [dlrm_rs.EmbeddingConfig("t0", 9, 3, ["f0", "f1"]), dlrm_rs.EmbeddingConfig("t1", 9, 3, ["f2"])]
+    model = dlrm_rs.EmbeddingCollection(tables, need_indices=True, optimizer=optimizer)
+    copied = copy.deepcopy(model)
+    compiled = torch.compile(copied, fullgraph=True, backend=backend, dynamic=True)
+    for size in (7, 5, 12):
+        features = unordered(size, False)
+        found, expected = compiled(features), model(features)
+        assert found.keys() == expected.keys()
+        for name, rows in expected.items():
+            assert_close(found[name].values(), rows.values())
+            assert torch.equal(found[name].weights(), rows.weights())
+            assert torch.equal(found[name].lengths(), rows.lengths())
+        for rows in (found, expected):
+            sum(part.values().square().sum() for part in rows.values()).backward()
+    assert_close(copied.state_dict(), model.state_dict())
+    for got, wanted in zip(copied.parameters(), model.parameters(), strict=True):
+        assert_close(got.grad, wanted.grad)
+    assert graphs() <= 2

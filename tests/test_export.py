@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import dlrm_rs
+from dlrm_rs.jagged import JaggedTensor
 from test_compile import FEATURES, dlrm, samples
 
 # torch's own, while it traces.
@@ -130,3 +131,37 @@ def test_a_collection_takes_and_gives_its_containers() -> None:
     assert isinstance(pooled, dlrm_rs.KeyedTensor)
     assert pooled.keys() == FEATURES
     assert torch.equal(pooled["f2"], model(others)["f2"])
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 fails to run such programs, or to make them"
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_features_in_another_order_and_rows_of_every_id(strict: bool, tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bags = dlrm().embeddings
+            self.rows = dlrm_rs.EmbeddingCollection([dlrm_rs.EmbeddingConfig("t", 50, 4, ["f3", "f1"])])
+
+        def forward(self, features: dlrm_rs.KeyedJaggedTensor) -> tuple[Tensor, dict[str, JaggedTensor]]:
+            return self.bags(features).values(), self.rows(features)
+
+    model, keys = Model().eval(), FEATURES[::-1]
+    one, other = (samples(size)[1] for size in (6, 9))
+    given, others = (
+        dlrm_rs.KeyedJaggedTensor(keys, features.values(), lengths=features.lengths()) for features in (one, other)
+    )
+    shapes = torch.export.ShapesCollection()
+    shapes[given.values()] = {0: Dim("ids")}
+    shapes[given.offsets()] = {0: len(keys) * Dim("batch_size") + 1}
+    with torch.no_grad():
+        program = torch.export.export(model, (given,), dynamic_shapes=shapes, strict=strict)
+        torch.export.save(program, tmp_path / "program.pt2")
+        pooled, rows = torch.export.load(tmp_path / "program.pt2").module()(others)
+        expected = model(others)
+    assert torch.equal(pooled, expected[0])
+    assert list(rows) == ["f3", "f1"]
+    for name, wanted in expected[1].items():
+        assert torch.equal(rows[name].values(), wanted.values())
+        assert torch.equal(rows[name].offsets(), wanted.offsets())

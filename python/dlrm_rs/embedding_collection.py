@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from dlrm_rs import operators
 from dlrm_rs.arguments import check_device, index_tensor
 from dlrm_rs.jagged import JaggedTensor
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
-from dlrm_rs.named_tables import NamedTables, beside
+from dlrm_rs.named_tables import NamedTables, as_ours, beside
 from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.table_configs import EmbeddingConfig, embedding_names
 
@@ -94,18 +93,15 @@ class EmbeddingCollection(NamedTables):
             TypeError: `features` is no KeyedJaggedTensor, or ids that are not integers.
         """
         jagged_tensor = beside(type(features), "JaggedTensor")
-        features = self._in_order(features)
+        features = as_ours(self._in_order(features))
         ids = index_tensor("features.values()", features.values())  # (L,)
-        bounds = features.offset_per_key()
         # A feature's ids are one bag to the engine, as their order is all that counts.
-        rows = operators.lookup(self._tables, ids, torch.tensor(bounds, device="cpu"), 1)  # (L, D)
+        rows = operators.lookup(self._tables, ids, features.id_bounds(), 1)  # (L, D)
         lengths = features.lengths().split(features.stride_per_key())
-        return {
-            name: jagged_tensor(
-                values=rows[start:end], lengths=bags, weights=ids[start:end] if self._need_indices else None
-            )
-            for name, (start, end), bags in zip(self._embedding_names, pairwise(bounds), lengths, strict=True)
-        }
+        values, *indices = features.cut(rows, ids) if self._need_indices else features.cut(rows)
+        weights = indices[0] if indices else [None] * len(lengths)
+        parts = zip(self._embedding_names, values, lengths, weights, strict=True)
+        return {name: jagged_tensor(values=rows, lengths=bags, weights=ids) for name, rows, bags, ids in parts}
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The tables, in their order."""

@@ -158,7 +158,27 @@ class KeyedJaggedTensor(Jagged):
 
     def length_per_key(self) -> list[int]:
         """The number of ids of every feature."""
+        if torch.compiler.is_compiling():  # as numbers that are not known yet
+            lengths: list[int] = self.id_bounds().diff().tolist()
+            for length in lengths:
+                torch._check_is_size(length)
+            torch._check(sum(lengths) == self._values.numel())
+            return lengths
         return [end - start for start, end in pairwise(self.offset_per_key())]
+
+    def id_bounds(self) -> Tensor:
+        """`offset_per_key` as a tensor, `(F + 1,)`, also while torch.compile or torch.export trace a model."""
+        if torch.compiler.is_compiling():
+            return self.offsets()[torch.tensor(self._bag_bounds(), device=self.device())]
+        return torch.tensor(self.offset_per_key(), device="cpu")
+
+    def cut(self, *of_ids: Tensor) -> list[Sequence[Tensor]]:
+        """Of each tensor, `(L, ...)`, the parts that belong to the features."""
+        if torch.compiler.is_compiling():
+            lengths = self.length_per_key()
+            return [tensor.split(lengths) for tensor in of_ids]
+        bounds = list(pairwise(self.offset_per_key()))
+        return [[tensor[start:end] for start, end in bounds] for tensor in of_ids]
 
     def permute(self, indices: Sequence[int]) -> KeyedJaggedTensor:
         """The features `indices`, in that order; one may be left out or named more than once.
@@ -170,12 +190,13 @@ class KeyedJaggedTensor(Jagged):
         for index in indices:
             if not 0 <= index < F:
                 raise IndexError(f"indices: expected features 0 to {F - 1}, got {index}")
-        ids, bags = _spans(self.offset_per_key(), indices), _spans(self._bag_bounds(), indices)
+        of_ids = (self._values,) if self._weights is None else (self._values, self._weights)
+        picked = [_picked(tensor, parts, indices) for tensor, parts in zip(of_ids, self.cut(*of_ids), strict=True)]
         return self._part(
             [self._keys[index] for index in indices],
-            _gather(self._values, ids),
-            None if self._weights is None else _gather(self._weights, ids),
-            _gather(self.lengths(), bags),
+            picked[0],
+            None if self._weights is None else picked[1],
+            _picked(self.lengths(), self.lengths().split(self.stride_per_key()), indices),
             None if self._strides is None else [self._strides[index] for index in indices],
         )
 
@@ -288,9 +309,5 @@ def _check_inverse(keys: Sequence[str], inverse_indices: tuple[Sequence[str], Te
         raise ValueError(f"inverse_indices: expected the keys {list(keys)}, got {list(names)}, which lack {missing}")
 
 
-def _spans(bounds: Sequence[int], indices: Sequence[int]) -> list[slice]:
-    return [slice(bounds[index], bounds[index + 1]) for index in indices]
-
-
-def _gather(values: Tensor, spans: list[slice]) -> Tensor:
-    return torch.cat([values[span] for span in spans]) if spans else values[:0]
+def _picked(whole: Tensor, parts: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    return torch.cat([parts[index] for index in indices]) if indices else whole[:0]

@@ -31,7 +31,7 @@ from dlrm_rs.table_configs import (
 )
 from dlrm_rs.tables import EmbeddingTables, FeatureSpec
 
-__all__ = ["NamedTables", "Table", "beside", "feature_specs"]
+__all__ = ["NamedTables", "Table", "as_ours", "beside", "feature_specs"]
 
 
 class NamedTables(abc.ABC, OwnsTables):
@@ -86,7 +86,7 @@ class NamedTables(abc.ABC, OwnsTables):
     def _in_order(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features of the tables, in the order of these."""
         keys = features.keys()
-        return features if keys == self._features else _ours(features).permute(_positions(keys, self._features))
+        return features if keys == self._features else as_ours(features).permute(_positions(keys, self._features))
 
 
 class Table(HoldsWeight):
@@ -98,7 +98,7 @@ class Table(HoldsWeight):
         return f"{num_embeddings}, {embedding_dim}, dtype={self._tables.row_formats[self._table]}"
 
 
-def _ours(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+def as_ours(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     """A batch of TorchRec's as one of ours: FBGEMM's permute, which theirs runs, has no gradient of dropped weights."""
     if isinstance(features, KeyedJaggedTensor):
         return features

@@ -1,7 +1,8 @@
-"""`KeyedJaggedTensor` and `KeyedTensor` as trees of tensors, which is how `torch.export` takes and gives them.
+"""The containers as trees of tensors, which is how `torch.export` takes and gives them.
 
 The tree of a `KeyedJaggedTensor` has `values`, `weights` (or None), `offsets` and the inverse indices (or None); the
-offsets tell its lengths, so that two batches are trees of one shape however they were made.
+offsets tell its lengths, so that two batches are trees of one shape however they were made. A `JaggedTensor`, which an
+`EmbeddingCollection` gives, is made of lengths, and has `values`, `weights` and `lengths`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree
 
+from dlrm_rs.jagged import JaggedTensor
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.keyed_tensor import KeyedTensor
 
@@ -23,11 +25,12 @@ _Leaves = list[tuple[Any, Any]]
 
 
 def register() -> None:
-    """Tell torch of both classes, by names that a saved program has too."""
-    _register(KeyedJaggedTensor, _jagged_leaves, _jagged)
+    """Tell torch of the classes, by names that a saved program has too."""
+    _register(KeyedJaggedTensor, _keyed_leaves, _keyed)
+    _register(JaggedTensor, _jagged_leaves, _jagged)
     _register(KeyedTensor, _pooled_leaves, _pooled)
     # A saved program has an example of its inputs, and torch unpickles no class that it was not told of.
-    torch.serialization.add_safe_globals([KeyedJaggedTensor, KeyedTensor])
+    torch.serialization.add_safe_globals([KeyedJaggedTensor, JaggedTensor, KeyedTensor])
 
 
 def _register(kind: type[Any], named_leaves: Callable[[Any], tuple[_Leaves, Any]], made_of: Callable[..., Any]) -> None:
@@ -45,7 +48,7 @@ def _named(**leaves: Any) -> _Leaves:
     return [(_pytree.GetAttrKey(name), leaf) for name, leaf in leaves.items()]
 
 
-def _jagged_leaves(features: KeyedJaggedTensor) -> tuple[_Leaves, list[Any]]:
+def _keyed_leaves(features: KeyedJaggedTensor) -> tuple[_Leaves, list[Any]]:
     names, inverse = features._inverse_indices or (None, None)
     stride = None if features._keys else features._stride  # otherwise the offsets tell it
     leaves = _named(
@@ -54,7 +57,7 @@ def _jagged_leaves(features: KeyedJaggedTensor) -> tuple[_Leaves, list[Any]]:
     return leaves, [features._keys, features._strides, names, stride]
 
 
-def _jagged(leaves: Any, context: list[Any]) -> KeyedJaggedTensor:
+def _keyed(leaves: Any, context: list[Any]) -> KeyedJaggedTensor:
     # Not by the constructor, which would check: leaves are not always tensors.
     features = KeyedJaggedTensor.__new__(KeyedJaggedTensor)
     features._values, features._weights, features._offsets, inverse = leaves
@@ -67,6 +70,17 @@ def _jagged(leaves: Any, context: list[Any]) -> KeyedJaggedTensor:
         stride = (features._offsets.numel() - 1) // len(features._keys)
     features._stride = stride
     return features
+
+
+def _jagged_leaves(bags: JaggedTensor) -> tuple[_Leaves, None]:
+    return _named(values=bags._values, weights=bags._weights, lengths=bags.lengths()), None
+
+
+def _jagged(leaves: Any, _: None) -> JaggedTensor:
+    bags = JaggedTensor.__new__(JaggedTensor)
+    bags._values, bags._weights, bags._lengths = leaves
+    bags._offsets = None
+    return bags
 
 
 def _pooled_leaves(pooled: KeyedTensor) -> tuple[_Leaves, list[Any]]:
