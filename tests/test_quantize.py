@@ -98,13 +98,37 @@ def test_the_old_rows_are_freed_unless_somebody_holds_them() -> None:
     assert torch.equal(held, values)
 
 
-def test_a_fused_optimizer_is_given_up_with_its_state() -> None:
+@pytest.mark.parametrize("options", [{"keep_optimizer": False}, {"dtype": "int4", "method": "codebook"}])
+def test_a_fused_optimizer_is_given_up_with_its_state(options: dict[str, Any]) -> None:
     bags = dlrm_rs.EmbeddingBag(100, 8, optimizer=dlrm_rs.optim.Adagrad(lr=0.1))
-    bags(torch.tensor([[1, 2]])).sum().backward()
-    dlrm_rs.quantize(bags)
+    out = bags(torch.tensor([[1, 2]]))
+    dlrm_rs.quantize(bags, **options)
     assert bags.fused_optimizer is None
+    assert list(bags.parameters()) == []
     assert bags.memory_report()["embedding_bag"]["state"] == 0
     assert not bags(torch.tensor([[1, 2]])).requires_grad
+    with pytest.raises(RuntimeError, match="backward: expected the fused optimizer that the forward was made with"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_fused_optimizer_trains_on_in_every_row_format(split: bool) -> None:
+    spec = dlrm_rs.optim.Adagrad(lr=0.1, split_bf16=split)
+    bags = dlrm_rs.EmbeddingBag(100, 8, mode="sum", optimizer=spec)
+    ids = torch.tensor([[1, 2]])
+    for steps, dtype in enumerate(("fp16", "int8", "bf16", "int4", "fp32", "int2", "bf16"), 1):
+        change = dlrm_rs.quantize if dtype.startswith("int") else dlrm_rs.dequantize
+        change(bags, dtype)
+        before = dlrm_rs.dequantize(copy.deepcopy(bags))
+        bags(ids).sum().backward()
+        after = dlrm_rs.dequantize(copy.deepcopy(bags))
+        moved = (before.weight - after.weight).mean(dim=1)
+        assert (moved[1:3] > 0).all(), dtype
+        assert torch.equal(before.weight[3:], after.weight[3:])
+        assert bags.fused_optimizer is not None
+        (state,) = bags.fused_optimizer.state_dict()["state"].values()
+        assert torch.equal(state["sum"][1:3], torch.full((2, 8), float(steps)))
+        assert ("low_bits" in state) == (split and dtype == "bf16")
 
 
 def test_a_backward_of_an_earlier_forward_does_not_read_other_rows() -> None:
@@ -378,19 +402,6 @@ def test_what_would_not_work_any_more_is_refused(change: Any) -> None:
         dlrm_rs.EmbeddingBag(4, 4, max_norm=1.0, dtype="int8")
     with pytest.raises(ValueError, match="max_norm: expected None for rows of int8, got 1"):
         dlrm_rs.replace_embeddings(nn.Embedding(4, 4, max_norm=1.0), dtype="int8")
-
-
-def test_a_fused_optimizer_goes_with_fp32_rows_and_stays_with_them() -> None:
-    bags = dlrm_rs.EmbeddingBag(10, 4, mode="sum", optimizer=dlrm_rs.optim.Adagrad(lr=0.1))
-    ids = torch.tensor([[1, 2]])
-    dlrm_rs.quantize(bags, "fp32")
-    assert bags.fused_optimizer is not None
-    out = bags(ids)
-    dlrm_rs.dequantize(bags, "fp16")
-    assert bags.fused_optimizer is None
-    copy.deepcopy(bags)(ids).sum().backward()
-    with pytest.raises(RuntimeError, match="backward: expected the fused optimizer that the forward was made with"):
-        out.sum().backward()
 
 
 def test_a_frozen_table_comes_back_frozen() -> None:

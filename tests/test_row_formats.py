@@ -301,11 +301,6 @@ def test_quantized_rows_are_no_parameter(dtype: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "optimizer": (
-        lambda: dlrm_rs.EmbeddingBag(4, 2, dtype="int8", optimizer=dlrm_rs.optim.SGD(lr=1)),
-        ValueError,
-        "optimizer: expected tables of fp32, fp16 or bf16 rows, got int8 rows in table 'embedding_bag'",
-    ),
     "max_norm": (
         lambda: dlrm_rs.EmbeddingBag(4, 2, max_norm=1.0, dtype="int8"),
         ValueError,

@@ -40,7 +40,7 @@ class Embedding(OwnsTable, nn.Embedding):
         _freeze: Do not train the table.
         device: None or the CPU.
         dtype: How a row is stored: a torch dtype (float32, float16, bfloat16) or a row format by name, "fp32", "fp16",
-            "bf16", "int8", "int4" or "int2". Quantized rows, the last three, cannot be trained.
+            "bf16", "int8", "int4" or "int2". Quantized rows, the last three, are trained by `optimizer` alone.
         optimizer: One of `dlrm_rs.optim`: backward then updates the rows itself and `weight.grad` stays None.
         output_dtype: Of the output: float32, float16 or bfloat16. By default `dtype` where that is a torch dtype, as in
             torch, else float32.

@@ -15,7 +15,7 @@ from dlrm_rs._dlrm_rs import TableRows
 from dlrm_rs.arguments import check_padding_idx
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
 from dlrm_rs.row_formats import QUANTIZED
-from dlrm_rs.tables import EmbeddingTables, FeatureSpec, TableSpec
+from dlrm_rs.tables import STAND_IN, EmbeddingTables, FeatureSpec, TableSpec
 
 __all__ = ["HoldsWeight", "OwnsTable", "OwnsTables", "single_table"]
 
@@ -75,7 +75,8 @@ class HoldsWeight(nn.Module):
 
     Rows that are numbers are the Parameter `weight`. Quantized rows are the buffers `weight_codes`, `weight_scales` and
     for some `weight_codebook`; a state_dict has `weight_format` as well, `(3,)` int64: the version of this layout, the
-    bits of a code, and `D`.
+    bits of a code, and `D`. Where a fused optimizer trains them, an empty Parameter `weight_stand_in` tells by its
+    `requires_grad` whether it does; no state_dict has it.
     """
 
     _tables: EmbeddingTables
@@ -147,6 +148,7 @@ class HoldsWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}{STAND_IN}", None)
         if self._tables.row_formats[self._table] in QUANTIZED:
             parts = self._tables.packed_state(self._table)
             destination.update({f"{prefix}weight_{part}": tensor for part, tensor in parts.items()})
@@ -181,6 +183,7 @@ class HoldsWeight(nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+            missing_keys[:] = [key for key in missing_keys if key != f"{prefix}{STAND_IN}"]
 
     def _load_parts(self, prefix: str, parts: dict[str, Any], error_msgs: list[str]) -> None:
         wanted = {"format", "codes", "scales"}

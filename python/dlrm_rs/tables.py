@@ -5,8 +5,9 @@ Parameter over it. torch lets anyone put other memory behind a Parameter, or ano
 (`m.weight.data = x`, `m.weight = nn.Parameter(x)`, `load_state_dict(assign=True)`, `deepcopy`, `pickle`). So every
 forward compares where the weights are, and memory that is not the engine's is adopted: its content is copied into the
 engine's, and the Parameter pointed back at that. A table of quantized rows has no Parameter, since torch has no dtype
-for them, but buffers: codes, scales and, where there is one, the codebook. Does not know autograd, bags, or features
-beyond passing them to the engine.
+for them, but buffers: codes, scales and, where there is one, the codebook; where a fused optimizer trains them, a
+Parameter without elements stands in for the weight. Does not know autograd, bags, or features beyond passing them to
+the engine.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_t
 if TYPE_CHECKING:
     from dlrm_rs.operators.sharing import Sharing
 
-__all__ = ["Displaced", "EmbeddingTables", "FeatureSpec", "TableSpec"]
+__all__ = ["STAND_IN", "Displaced", "EmbeddingTables", "FeatureSpec", "TableSpec"]
 
 
 class Displaced(NamedTuple):
@@ -48,6 +49,10 @@ class Displaced(NamedTuple):
 
 # Whose the engine's memory at an address is, or was: a table's rows must not be the weight of another table too.
 _OWNERS: weakref.WeakValueDictionary[int, EmbeddingTables] = weakref.WeakValueDictionary()
+
+# The Parameter of an owner that stands in for the weight of a quantized table with a fused optimizer: empty as well, it
+# tells whether the rows are trained, ties a lookup to its backward, and is what the optimizer has its state under.
+STAND_IN = "weight_stand_in"
 
 # What holds the rows of a quantized table in its owner, and in a state_dict.
 _PARTS = ("weight_codes", "weight_scales", "weight_codebook")
@@ -128,10 +133,10 @@ class EmbeddingTables:
         for table, weight in enumerate(present):
             if weight is not None:
                 self._check_weight(table, weight, any_dtype=True)
-        self._slots = [self._slot(table) for table in range(len(tables))]
+        self.algorithm = optimizer.algorithm if optimizer else None
         # Whether a Parameter is to be trained that comes back after its rows were quantized.
         self._trainable = [weight is None or weight.requires_grad for weight in present]
-        self.algorithm = optimizer.algorithm if optimizer else None
+        self._slots = [self._slot(table) for table in range(len(tables))]
         self._split_bf16 = optimizer is not None and optimizer.split_bf16
         self.key = self._new_key()
         handle = self._new_handle()
@@ -192,6 +197,10 @@ class EmbeddingTables:
                     self._adopt(weights, layouts)
         return weights
 
+    def tied(self) -> list[nn.Parameter]:
+        """What ties lookups of every table into a graph of autograd: `weights()`, wherever they are."""
+        return [slot["weight"] for slot in self._slots]  # type: ignore[misc] # none is None
+
     def _present(self) -> tuple[list[nn.Parameter], Layouts]:
         try:
             weights: list[nn.Parameter] = [slot["weight"] for slot in self._slots]  # type: ignore[misc]
@@ -203,8 +212,14 @@ class EmbeddingTables:
             ) from None
 
     def _slot(self, table: int) -> dict[str, nn.Parameter | None]:
-        """Where to find the weight of a table."""
-        return {"weight": NO_WEIGHT} if self.row_formats[table] in QUANTIZED else self._parameters[table]
+        """Where to find the weight of a table; of a quantized one, what stands in for it, made where it is needed."""
+        parameters = self._parameters[table]
+        if self.row_formats[table] in QUANTIZED and self.algorithm is not None:
+            if STAND_IN not in parameters:
+                parameters[STAND_IN] = nn.Parameter(torch.empty(0, device="cpu"), self._trainable[table])
+            return {"weight": parameters[STAND_IN]}
+        parameters.pop(STAND_IN, None)
+        return {"weight": NO_WEIGHT} if self.row_formats[table] in QUANTIZED else parameters
 
     def _new_handle(self) -> TableSet:
         """Tables and state of zeros."""
@@ -215,8 +230,8 @@ class EmbeddingTables:
         return handle
 
     def new_memory(self) -> Memory:
-        """Tables and state of zeros, such as these."""
-        return Memory(self._new_handle(), len(self.tables))
+        """Tables and state such as these, of zeros or any content."""
+        return Memory(self._copy_of_quantized(self.handle), len(self.tables))
 
     def _memory_of(self, handle: TableSet) -> Memory:
         """Make the tables of `handle` those that the weights are compared with."""
@@ -338,9 +353,10 @@ class EmbeddingTables:
         with _ADOPTING, torch.inference_mode(False), torch.no_grad():
             parameters, memory = self._parameters[table], self.memory
             weight = parameters.get("weight")
-            if weight is not None:
-                increment_version([weight])  # a backward that still needs these rows is to notice
-                self._trainable[table] = weight.requires_grad
+            present = weight if weight is not None else parameters.get(STAND_IN)
+            if present is not None:
+                increment_version([present])  # a backward that still needs these rows is to notice
+                self._trainable[table] = present.requires_grad
             displaced = Displaced(memory.handle.swap_rows(table, new.rows), self.row_formats[table], weight)
             self.row_formats[table] = new.row_format
             memory.moved(table)
@@ -357,6 +373,8 @@ class EmbeddingTables:
                     parameters["weight"] = new.weight
             self._slots[table] = self._slot(table)
             self._show(table)
+            if self.optimizer is not None:
+                self.optimizer.rows_moved(self.tied(), self._states(memory))
             return displaced
 
     def load(self, table: int, source: Tensor) -> None:
@@ -396,6 +414,7 @@ class EmbeddingTables:
             self.handle.clear_optimizer()
             self.memory.find_states()
             self.optimizer = self.algorithm = None
+            self._slots = [self._slot(table) for table in range(len(self.tables))]
 
     def check_unshared(self, refused: str) -> None:
         """Refuse what must not be done to rows that other processes have, too.
@@ -418,9 +437,10 @@ class EmbeddingTables:
         elements, *rest = arrays[:parts]  # and of quantized rows scales and codebook
         scales, codebook = (*rest, None, None)[:2]
         rows = TableRows.borrow(name, embedding_dim, row_format, elements, scales, codebook)
+        self._put(table, Displaced(rows, row_format, self._parameters[table].get("weight")))
         for part, array in zip(self.handle.optimizer_state(table), arrays[parts:], strict=True):
             self.handle.put_optimizer_state(table, part, array)
-        self._put(table, Displaced(rows, row_format, self._parameters[table].get("weight")))
+        self.memory.find_states()
         if self.optimizer is not None:
             self.optimizer.follow(self._states(self.memory))
 
@@ -432,13 +452,18 @@ class EmbeddingTables:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.key = self._new_key()
-        self.memory = self._memory_of(self._new_handle())
+        handle = self._new_handle()
         for table, row_format in enumerate(self.row_formats):
             if row_format in QUANTIZED:
                 buffers = self._buffers[table]
                 parts = {name.removeprefix("weight_"): buffers[name] for name in _PARTS if name in buffers}
-                self.load_packed_state(table, parts)  # type: ignore[arg-type] # none is None
-        self.weights()
+                handle.swap_rows(table, self._packed_rows(table, parts))  # type: ignore[arg-type] # none is None
+        self.memory = self._memory_of(handle)
+        for table in range(len(self.tables)):
+            self._show(table)
+        weights = self.weights()
+        if self.optimizer is not None:  # which is with the weights by now if there are any
+            self.optimizer.attach(weights, self._states(self.memory))
 
     def _new_key(self) -> Tensor:
         number = np.array([secrets.randbits(63)], dtype=np.int64)
@@ -464,11 +489,14 @@ class EmbeddingTables:
             TypeError: A tensor of another dtype.
             ValueError: A tensor of another shape, scales that are not finite, or a codebook that cannot be.
         """
+        self.swap(table, self._packed_rows(table, state), self.row_formats[table])
+
+    def _packed_rows(self, table: int, state: dict[str, Tensor]) -> TableRows:
         name, _, embedding_dim, _ = self.tables[table]
         row_format, codebook = self.row_formats[table], state.get("codebook")
         codes, scales = (as_array(state[part].contiguous()) for part in ("codes", "scales"))
         numbers = None if codebook is None else codebook.tolist()
-        self.swap(table, TableRows.from_parts(name, embedding_dim, row_format, codes, scales, numbers), row_format)
+        return TableRows.from_parts(name, embedding_dim, row_format, codes, scales, numbers)
 
     def __repr__(self) -> str:
         return f"EmbeddingTables({len(self.tables)} tables, {len(self.features)} features)"

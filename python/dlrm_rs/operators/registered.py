@@ -46,11 +46,12 @@ def lookup(
 ) -> Tensor:
     """As `operators.lookup`, to be traced."""
     rows = tables.parts()
-    trained = [weight for weight in rows if weight.requires_grad] if torch.is_grad_enabled() else []
+    tied = tables.tied()
+    trained = [weight for weight in tied if weight.requires_grad] if torch.is_grad_enabled() else []
     bags = (indices, offsets, batch_size, per_sample_weights)
     with_argmax = tables.pools_by_max and len(trained) > 0
     if tables.algorithm is not None and trained and not _exporting():
-        trainable = [weight.requires_grad for weight in rows]  # of a fused optimizer's tables all rows are one tensor
+        trainable = [weight.requires_grad for weight in tied]
         memory = [part for parts in tables.memory.parts for part in parts]
         out, _ = torch.ops.dlrm_rs.fused_lookup(
             trained[0],

@@ -15,6 +15,11 @@ Two ways to step, by `update` of the spec:
 
 Updates are lazy: a row that no bag of a step has stays as it is, and so does its state, as with
 `torch.optim.SparseAdam`. Weight decay, too, touches only the rows of the step.
+
+Rows of every format are trained, in fp32 arithmetic. A quantized row is decoded, updated, and encoded again: scale and
+bias from its smallest and largest element, codes rounded stochastically, so that the mean of what an element can become
+is the element. If an element is infinite or NaN then, the whole row is NaN; `check_finite` refuses gradients that lead
+there.
 """
 
 from dlrm_rs.optim.fused import FusedOptimizer

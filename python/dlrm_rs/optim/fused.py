@@ -30,7 +30,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     stands for the gradients of all tables: without it `step()` has nothing to do, as torch's optimizers; what
     multiplies it, as `torch.amp.GradScaler.unscale_` does, multiplies them; and it is infinite where they are
     not finite, so that a `GradScaler` skips the step. It is so small that another optimizer over that weight would not
-    change the row.
+    change the row. Quantized rows have no weight, but a Parameter without elements that stands in for it.
 
     Args:
         spec: The optimizer and where it starts.
@@ -145,7 +145,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         value = _TOKEN if finite else math.inf
         return torch.sparse_coo_tensor(
             torch.zeros(1, 1, dtype=torch.int64, device="cpu"),
-            torch.full((1, weight.shape[1]), value, dtype=weight.dtype, device="cpu"),
+            torch.full((1, *weight.shape[1:]), value, dtype=weight.dtype, device="cpu"),
             weight.shape,
             check_invariants=False,
         )
@@ -179,7 +179,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         # As many tokens as backwards, each multiplied alike.
         values = token._values() if token.is_sparse else token[:1]
-        factor = values[:, 0].double().sum().item() / count / _TOKEN
+        if not values.numel():
+            raise RuntimeError(
+                "step: expected gradients scaled as by torch.amp.GradScaler, got some multiplied in place, which takes "
+                "those of quantized rows away; clip them by the fused optimizer itself"
+            )
+        factor = values.view(len(values), -1)[:, 0].double().sum().item() / count / _TOKEN
         groups = self.begin_step()
         try:
             kept[0].run(kept[1:], factor if math.isfinite(factor) else 1.0, groups)
@@ -257,6 +262,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         if views:
             self._views = views
             self.state = defaultdict(dict, attached)
+
+    def rows_moved(self, weights: Sequence[nn.Parameter], views: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take over where the weights and the state are, since other rows have been put into the tables.
+
+        Args:
+            weights: The tables' weights, some perhaps in the place of others.
+            views: The engine's state of each, which has stayed.
+        """
+        for group in self.param_groups:
+            group["params"] = [weights[table] for table in group["tables"]]
+        self.state = defaultdict(dict)
+        self.follow(views)
 
 
 def _check_same_shapes(table: int, state: Mapping[str, Any], view: Mapping[str, Tensor]) -> None:

@@ -44,8 +44,8 @@ class OptimizerSpec:
         check_finite: Refuse a gradient with an infinity or a NaN by a `FloatingPointError`; the tables stay as they
             are.
         split_bf16: Keep the lower 16 bits of bf16 rows beside them, in the optimizer's state: updates are then those of
-            fp32 rows, and lookups read the bfloat16 nearest to each element. Else bf16 rows, and always fp16 rows, are
-            rounded stochastically, unbiased, after every update.
+            fp32 rows, and lookups read the bfloat16 nearest to each element. Else bf16 rows, and always fp16 rows and
+            the codes of quantized ones, are rounded stochastically, unbiased, after every update.
         seed: Of stochastic rounding, which depends on it, the step, and the place of an element, and on nothing else.
     """
 

@@ -105,12 +105,14 @@ def quantize(
     nonfinite: str = "error",
     weights: Mapping[str, ArrayLike] | None = None,
     budget: Budget | None = None,
+    keep_optimizer: bool = True,
     progress: bool | None = None,
 ) -> QuantizationReport:
     """Bring the tables of a model into another row format, in place and on all threads.
 
     The rows are those that the tables have now; each is encoded by itself. `weight` is no Parameter of the model any
-    more where rows are quantized, and a fused optimizer is given up with its state: quantize a model that is trained.
+    more where rows are quantized. A fused optimizer trains on, with its state; with "codebook", whose rows it cannot
+    train, it is given up.
 
     Rows whose largest element is below about 1e-36 decode to their smallest one: their scale is too small to divide by.
 
@@ -134,6 +136,8 @@ def quantize(
             report.
         budget: Has the row format of each table chosen, by what it does to the user's metric. Then `dtype` counts for
             nothing.
+        keep_optimizer: Whether to keep a fused optimizer; False gives it up with its state, as for a model that is only
+            to serve from now on.
         progress: Whether to show a progress bar (with rich, of the extra `dlrm_rs[demo]`); None for one on a terminal,
             when it takes long.
 
@@ -174,13 +178,14 @@ def quantize(
         if budget is not None:
             choice = _choose(module, tables, budget, encoding, bar)
             formats = dict(choice.formats)
-        return _apply(tables, formats, encoding, used, choice, bar)
+        keep_optimizer = keep_optimizer and method != "codebook"
+        return _apply(tables, formats, encoding, used, choice, keep_optimizer, bar)
 
 
 def dequantize(module: ModuleT, dtype: torch.dtype | str = "fp32") -> ModuleT:
     """Give the tables of a model rows that are numbers again, in place: `weight` is a Parameter then.
 
-    What quantization has lost does not come back.
+    What quantization has lost does not come back. A fused optimizer trains on, with its state.
 
     Args:
         module: A model with tables of `dlrm_rs` in it.
@@ -207,7 +212,7 @@ def dequantize(module: ModuleT, dtype: torch.dtype | str = "fp32") -> ModuleT:
     formats = dict.fromkeys((table.name for table in tables), name)
     _check_changeable(module, tables, name)
     with progress_bar(None, sum(table.bytes_now() for table in tables)) as bar:
-        _apply(tables, formats, _Encoding(None, None, False), {}, None, bar)
+        _apply(tables, formats, _Encoding(None, None, False), {}, None, True, bar)
     return module
 
 
@@ -285,6 +290,7 @@ def _apply(
     encoding: _Encoding,
     weights: Mapping[str, NDArray[np.float32]],
     choice: Choice | None,
+    keep_optimizer: bool,
     bar: Progress,
 ) -> QuantizationReport:
     """Bring every table into its format, or none at all where rows are refused."""
@@ -298,8 +304,8 @@ def _apply(
     for table in bar.of("Replacing", tables, _bytes_of):
         row_format, before, bytes_before = formats[table.name], table.row_format, table.bytes_now()
         encoded = encoding.encode(table, row_format, spare) if table in changing else None
-        if row_format != "fp32":
-            table.tables.drop_optimizer()  # whose state is of the old rows, and which holds them
+        if not keep_optimizer:
+            table.tables.drop_optimizer()
         if encoded is not None:
             spare.retire(table.tables.swap(table.place, encoded.rows, row_format).rows)
         change = TableChange(table.name, *table.shape, before, row_format, bytes_before, table.bytes_now())

@@ -52,6 +52,39 @@ impl ScaleFormat {
             Self::Bf16 => round_bits(x, 16),
         }
     }
+
+    /// The largest number that is stored up to one that is not NaN, and at least minus the largest of all.
+    #[inline(always)]
+    pub(crate) fn at_most(self, x: f32) -> f32 {
+        let nearest = self.round(x);
+        if nearest <= x { nearest } else { self.below(nearest) }
+    }
+
+    /// The smallest that is stored from `x` on, which is not negative; one that is less by a millionth, as rounding makes
+    /// it, counts.
+    #[inline(always)]
+    pub(crate) fn at_least(self, x: f32) -> f32 {
+        const BARELY_LESS: f32 = 1.0 - f32::EPSILON * 8.0;
+        match self {
+            Self::Fp32 => x,
+            Self::Fp16 | Self::Bf16 => -self.at_most(-x * BARELY_LESS),
+        }
+    }
+
+    /// The stored number before `x`, which is stored, too.
+    #[inline(always)]
+    fn below(self, x: f32) -> f32 {
+        let before = |bits: u16| match bits {
+            0 | 0x8000 => 0x8001,
+            1..0x8000 => bits - 1,
+            _ => bits + 1,
+        };
+        match self {
+            Self::Fp32 => x.next_down(),
+            Self::Fp16 => fp16(before(fp16_bits(x))),
+            Self::Bf16 => f32::from_bits(u32::from(before((x.to_bits() >> 16) as u16)) << 16),
+        }
+    }
 }
 
 /// Without the lowest `bits` of its fraction, to the nearest, ties to even.
@@ -113,7 +146,7 @@ impl<'a> Scales<'a> {
     pub(crate) fn get(self, row: usize) -> [f32; 2] {
         match self {
             Self::Fp32(pairs) => pairs[row],
-            Self::Fp16(pairs) => pairs[row].map(finite_fp16),
+            Self::Fp16(pairs) => pairs[row].map(fp16),
             Self::Bf16(pairs) => pairs[row].map(|x| f32::from_bits(u32::from(x) << 16)),
         }
     }
@@ -128,18 +161,20 @@ impl<'a> Scales<'a> {
     }
 }
 
-/// A number of half precision that is neither infinite nor NaN, as no scale is.
+/// A number of half precision that is not infinite, as no scale is; NaN, of whatever bits, is one.
 ///
 /// Its exponent is too large by 127 - 15 where the bits are read as single precision's; a multiplication mends that
 /// for denormal numbers too.
 #[inline(always)]
-fn finite_fp16(x: u16) -> f32 {
+fn fp16(x: u16) -> f32 {
     const MEND: f32 = f32::from_bits((127 + 127 - 15) << 23);
-    let magnitude = f32::from_bits((u32::from(x) & 0x7FFF) << 13) * MEND;
+    const INFINITE: u16 = 0x7C00;
+    let mend = if x & 0x7FFF < INFINITE { MEND } else { f32::NAN };
+    let magnitude = f32::from_bits((u32::from(x) & 0x7FFF) << 13) * mend;
     f32::from_bits(magnitude.to_bits() | (u32::from(x) & 0x8000) << 16)
 }
 
-/// The bits of a finite number of half precision.
+/// The bits of a number of half precision that is not infinite.
 #[inline(always)]
 fn fp16_bits(x: f32) -> u16 {
     const MEND: f32 = f32::from_bits((127 + 15 - 127) << 23);
@@ -147,7 +182,7 @@ fn fp16_bits(x: f32) -> u16 {
     (magnitude | x.to_bits() >> 16 & 0x8000) as u16
 }
 
-/// Stores scale and bias of row `row`; both are finite numbers that the format has.
+/// Stores scale and bias of row `row`; both are numbers that the format has and finite, or NaN.
 #[inline(always)]
 pub(crate) fn store(format: ScaleFormat, bytes: &mut [u8], row: usize, pair: [f32; 2]) {
     match format {
@@ -178,12 +213,38 @@ mod tests {
     }
 
     #[test]
+    fn numbers_are_rounded_down_and_up() {
+        for format in ScaleFormat::ALL {
+            for bits in (0..=u32::MAX).step_by(9973) {
+                let x = f32::from_bits(bits);
+                if x.is_nan() || x.abs() > 65504.0 {
+                    continue;
+                }
+                let (down, up) = (format.at_most(x), format.at_least(x));
+                assert!(
+                    down <= x && format.round(down).to_bits() == down.to_bits(),
+                    "{format}: {x:e} {down:e}"
+                );
+                let above = -format.below(-down);
+                assert!(above > x || down.to_bits() == x.to_bits(), "{format}: {x:e} {down:e} {above:e}");
+                if x >= 0.0 {
+                    assert!(up >= x - x * 1.1e-6 && format.round(up).to_bits() == up.to_bits());
+                    let around = [down, above].map(f32::to_bits);
+                    assert!(around.contains(&up.to_bits()), "{format}: {x:e} is between {down:e} and {up:e}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn every_finite_fp16_is_read_and_stored_as_it_is() {
         for bits in 0..=u16::MAX {
             let expected = f16::from_bits(bits);
             if expected.is_finite() {
-                assert_eq!(finite_fp16(bits).to_bits(), expected.to_f32().to_bits(), "{expected}");
+                assert_eq!(fp16(bits).to_bits(), expected.to_f32().to_bits(), "{expected}");
                 assert_eq!(fp16_bits(expected.to_f32()), bits, "{expected}");
+            } else if expected.is_nan() {
+                assert!(fp16(bits).is_nan());
             }
         }
     }
@@ -192,7 +253,7 @@ mod tests {
     fn what_is_stored_is_read() {
         for format in ScaleFormat::ALL {
             let pairs = [[1.5, -2.0], [0.0, 3.25], [2.0_f32.powi(-14), 1024.0]];
-            let mut bytes = vec![0_u32; 3 * format.pair_bytes() / 4];
+            let mut bytes = vec![0_u32; 4 * format.pair_bytes() / 4];
             let bytes = cast_slice_mut(&mut bytes);
             for (row, &pair) in pairs.iter().enumerate() {
                 store(format, bytes, row, pair);
@@ -200,6 +261,8 @@ mod tests {
             for (row, &pair) in pairs.iter().enumerate() {
                 assert_eq!(Scales::new(format, bytes).get(row).map(f32::to_bits), pair.map(f32::to_bits));
             }
+            store(format, bytes, 3, [f32::NAN; 2]);
+            assert!(Scales::new(format, bytes).get(3).iter().all(|x| x.is_nan()));
         }
     }
 }

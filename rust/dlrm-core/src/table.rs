@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::disjoint::Disjoint;
+use crate::kernels::codes::CodeRows;
 use crate::kernels::stochastic::{Half, HalfRows, Random};
 use crate::kernels::touched::{PARTS, Target};
 use crate::memory::Memory;
@@ -82,8 +83,6 @@ pub(crate) struct Table {
     pub(crate) rows: TableRows,
     /// The parts that the optimizer has, the others empty.
     pub(crate) state: [Memory; PARTS],
-    /// The lower halves of bf16 rows, where an optimizer keeps them; else empty.
-    pub(crate) low: Memory,
 }
 
 impl Table {
@@ -97,8 +96,7 @@ impl Table {
 
     /// These rows and no state.
     pub(crate) fn of_rows(spec: TableSpec, rows: TableRows, ctx: &Context) -> Result<Self> {
-        let low = Memory::zeroed(0, 0, "no state", ctx)?;
-        Ok(Self { spec, rows, state: Self::no_state(ctx)?, low })
+        Ok(Self { spec, rows, state: Self::no_state(ctx)? })
     }
 
     /// What a table has without an optimizer.
@@ -114,20 +112,30 @@ impl Table {
         Ok([zeroed(first)?, zeroed(second)?])
     }
 
-    /// All rows and their state, for a rule to change; `random` decides how halves are rounded.
+    /// All rows and their state, for a rule to change; `random` decides how rows that are not fp32 are rounded.
     pub(crate) fn target(&mut self, random: Random) -> Target<'_> {
-        let low: &mut [u16] = self.low.as_mut_slice();
-        let half = match self.rows.format {
+        let (dim, rows) = (self.spec.dim, &mut self.rows);
+        let low: &mut [u16] = rows.low.as_mut_slice();
+        let half = match rows.format {
             RowFormat::Fp16 => Half::Fp16,
             _ if low.is_empty() => Half::Bf16,
             _ => Half::Split,
         };
-        let (elements, dim) = (&mut self.rows.elements, self.spec.dim);
-        let weights = if self.rows.format == RowFormat::Fp32 {
-            Weights::Fp32(Disjoint::new(elements.as_mut_slice()))
-        } else {
-            let bits = Disjoint::new(elements.as_mut_slice());
-            Weights::Half(HalfRows { half, bits, low: Disjoint::new(low), dim, random })
+        let elements = &mut rows.elements;
+        let weights = match rows.format {
+            RowFormat::Fp32 => Weights::Fp32(Disjoint::new(elements.as_mut_slice())),
+            RowFormat::Fp16 | RowFormat::Bf16 => {
+                let bits = Disjoint::new(elements.as_mut_slice());
+                Weights::Half(HalfRows { half, bits, low: Disjoint::new(low), dim, random })
+            }
+            format @ (RowFormat::Int8 | RowFormat::Int4 | RowFormat::Int2) => Weights::Codes(CodeRows {
+                format,
+                codes: Disjoint::new(elements.as_mut_slice()),
+                scales: Disjoint::new(rows.scales.as_mut_slice()),
+                scale_format: rows.scale_format,
+                dim,
+                random,
+            }),
         };
         let rows = self.spec.rows.max(1);
         let state = self.state.each_mut().map(Memory::as_mut_slice::<f32>);
@@ -140,20 +148,13 @@ impl Table {
         }
     }
 
-    /// Zeros for the lower halves of the rows; none unless they are bf16.
-    pub(crate) fn new_low(&self, split: bool, ctx: &Context) -> Result<Memory> {
-        let row_bytes = if split && self.rows.format == RowFormat::Bf16 { 2 * self.spec.dim } else { 0 };
-        let what = format!("the lower bits of table '{}'", self.spec.name);
-        Memory::zeroed(self.spec.rows, row_bytes, &what, ctx)
-    }
-
     /// Refuses rows that an optimizer cannot change, for what `argument` asks.
     pub(crate) fn check_trainable(&self, argument: &str) -> Result<()> {
-        if !self.rows.format.is_quantized() {
+        if !self.rows.has_codebook() {
             return Ok(());
         }
-        let got = format!("{} rows in table '{}'", self.rows.format, self.spec.name);
-        Err(Error::argument(argument, "tables of fp32, fp16 or bf16 rows", got))
+        let got = format!("{} rows with a codebook in table '{}'", self.rows.format, self.spec.name);
+        Err(Error::argument(argument, "tables whose codes, if any, are evenly spaced", got))
     }
 
     /// Refuses rows that are not fp32, which alone can be changed in place, for what `argument` asks.
@@ -174,7 +175,7 @@ impl Table {
         const PAGE: usize = 4096;
         let wasted = |bytes: usize| bytes.next_multiple_of(PAGE) - bytes;
         let (payload, scales) = (self.rows.elements.bytes(), self.rows.scales.bytes());
-        let state = self.state.iter().chain([&self.low]);
+        let state = self.state.iter().chain([&self.rows.low]);
         let of_state: usize = state.clone().map(|part| wasted(part.bytes())).sum();
         let state = state.map(Memory::bytes).sum();
         let pages = wasted(payload) + wasted(scales) + of_state;

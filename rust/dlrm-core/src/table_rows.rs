@@ -21,6 +21,8 @@ pub struct TableRows {
     pub(crate) format: RowFormat,
     /// `row_bytes` bytes for each row.
     pub(crate) elements: Memory,
+    /// The lower halves of bf16 rows, where an optimizer keeps them; else empty.
+    pub(crate) low: Memory,
     /// Scale and bias for each row; empty when the format is not quantized.
     pub(crate) scales: Memory,
     pub(crate) scale_format: ScaleFormat,
@@ -65,6 +67,7 @@ impl TableRows {
             dim,
             format,
             elements: memory(rows, format.row_bytes(dim))?,
+            low: no_memory()?,
             scales: memory(rows, pair_bytes(format, scales))?,
             scale_format: scales,
             codebook: UNIFORM,
@@ -93,7 +96,7 @@ impl TableRows {
         };
         let (scale_format, scales) = match scales {
             Some((format, memory)) => (format, borrowed("scales", memory, format.pair_bytes(), 4)?),
-            None => (ScaleFormat::Fp32, Memory::mapped(0, 0, "no scales")?),
+            None => (ScaleFormat::Fp32, no_memory()?),
         };
         let align = format.bits().div_ceil(8);
         let elements = borrowed("rows", elements, format.row_bytes(dim), align)?;
@@ -102,6 +105,7 @@ impl TableRows {
             dim,
             format,
             elements,
+            low: no_memory()?,
             scales,
             scale_format,
             codebook: check_codebook(spec, codebook)?,
@@ -159,6 +163,12 @@ impl TableRows {
         }
     }
 
+    /// Zeros for the lower halves of bf16 rows of a table, if they are to be kept; nothing for others.
+    pub(crate) fn new_low(&self, split: bool, table: &str) -> Result<Memory> {
+        let row_bytes = if split && self.format == RowFormat::Bf16 { size_of::<u16>() * self.dim } else { 0 };
+        Memory::mapped(self.rows, row_bytes, &format!("the lower bits of table '{table}'"))
+    }
+
     /// Copies rows of the same dim, format, scale format and codebook over those from `first` on.
     pub(crate) fn overwrite(&mut self, first: usize, rows: &Self) {
         let row_bytes = self.format.row_bytes(self.dim);
@@ -184,6 +194,11 @@ impl TableRows {
             codebook: &self.codebook,
         }
     }
+}
+
+/// What stands where there is nothing.
+fn no_memory() -> Result<Memory> {
+    Memory::mapped(0, 0, "nothing")
 }
 
 /// Bytes of a row's scale and bias: none unless its format is quantized.

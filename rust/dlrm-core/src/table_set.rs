@@ -1,6 +1,6 @@
 //! A set of tables and the features that look them up: what is known before the first call.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::encode::{self, Encoded, Encoding};
 use crate::guarded::Guarded;
@@ -35,6 +35,8 @@ pub struct TableSet {
     /// The chosen optimizer, as its place in [`Kind::ALL`] plus one; 0 for none. Apart from the tables, so that it can be
     /// asked for without their lock, and written under it alone.
     optimizer: AtomicUsize,
+    /// Whether it keeps the lower halves of bf16 rows; likewise.
+    split: AtomicBool,
     pub(crate) tables: Guarded<Vec<Table>>,
 }
 
@@ -99,7 +101,8 @@ impl TableSet {
             features_of[feature.table].push(f);
         }
         let tables = Guarded::new(tables(&specs)?);
-        Ok(Self { specs, features, features_of, columns, pooled, optimizer: AtomicUsize::new(0), tables })
+        let (optimizer, split) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Ok(Self { specs, features, columns, pooled, features_of, optimizer, split, tables })
     }
 
     /// What the tables are.
@@ -124,7 +127,7 @@ impl TableSet {
     /// Chooses the optimizer of [`TableSet::update`], once, and gives every table zeroed state for it.
     ///
     /// With `split`, the lower halves of bf16 rows are kept beside them, so that updates are of fp32 numbers; else they
-    /// are rounded stochastically, as those of fp16 are.
+    /// are rounded stochastically, as those of fp16 and of the quantized formats are.
     pub fn set_optimizer(&self, kind: Kind, split: bool, ctx: &Context) -> Result<()> {
         check_available(
             self.specs.iter().map(|spec| spec.state_bytes(kind)).sum(),
@@ -138,11 +141,16 @@ impl TableSet {
             tables.iter().try_for_each(|table| table.check_trainable("optimizer"))?;
             let states = tables.iter().map(|table| table.new_state(kind, ctx));
             let states = states.collect::<Result<Vec<_>>>()?;
-            let lows = tables.iter().map(|table| table.new_low(split, ctx));
-            let lows = lows.collect::<Result<Vec<_>>>()?;
+            let new_low = |Table { rows, spec, .. }: &Table| -> Result<_> {
+                let mut low = rows.new_low(split, &spec.name)?;
+                low.touch(ctx)?;
+                Ok(low)
+            };
+            let lows = tables.iter().map(new_low).collect::<Result<Vec<_>>>()?;
             for (table, (state, low)) in tables.iter_mut().zip(states.into_iter().zip(lows)) {
-                (table.state, table.low) = (state, low);
+                (table.state, table.rows.low) = (state, low);
             }
+            self.split.store(split, Ordering::Relaxed);
             let before = Kind::ALL.iter().take_while(|&&one| one != kind);
             self.optimizer.store(before.count() + 1, Ordering::Relaxed);
             Ok(())
@@ -154,8 +162,9 @@ impl TableSet {
         self.tables.write(|tables| {
             for table in tables {
                 table.state = Table::no_state(ctx)?;
-                table.low = table.new_low(false, ctx)?;
+                table.rows.low = table.rows.new_low(false, &table.spec.name)?;
             }
+            self.split.store(false, Ordering::Relaxed);
             self.optimizer.store(0, Ordering::Relaxed);
             Ok(())
         })?
@@ -195,8 +204,8 @@ impl TableSet {
 
     /// Puts rows of the same number and dim in the place of those of a table, and gives these back.
     ///
-    /// An optimizer's state stays; only fp32 rows are updated, so [`TableSet::update`] refuses others.
-    pub fn swap_rows(&self, table: usize, rows: TableRows) -> Result<TableRows> {
+    /// An optimizer's state stays. Rows with a codebook are not updated, so [`TableSet::update`] refuses them.
+    pub fn swap_rows(&self, table: usize, mut rows: TableRows) -> Result<TableRows> {
         self.tables.write(|tables| {
             let Table { spec, rows: present, .. } = &mut tables[table];
             let expected = (spec.rows, spec.dim);
@@ -204,6 +213,9 @@ impl TableSet {
                 let argument = format!("rows of table '{}'", spec.name);
                 let [expected, got] = [expected, (rows.rows, rows.dim)].map(|(n, d)| format!("{n} x {d}"));
                 return Err(Error::argument(argument, expected, got));
+            }
+            if rows.low.bytes() == 0 {
+                rows.low = rows.new_low(self.split.load(Ordering::Relaxed), &spec.name)?;
             }
             Ok(std::mem::replace(present, rows))
         })?
@@ -258,7 +270,7 @@ impl TableSet {
     /// The same of the lower halves of the rows, `(N, D)`, where they are kept; else nothing.
     pub fn read_low<R>(&self, table: usize, f: impl FnOnce(&[i16], Keeper) -> R) -> Result<R> {
         self.tables.read(|tables| {
-            let low = &tables[table].low;
+            let low = &tables[table].rows.low;
             f(low.as_slice(), low.keeper())
         })
     }
@@ -268,7 +280,7 @@ impl TableSet {
     pub fn put_state(&self, table: usize, part: Option<usize>, memory: Borrowed) -> Result<()> {
         self.tables.write(|tables| {
             let table = &mut tables[table];
-            let present = part.map_or(&mut table.low, |part| &mut table.state[part]);
+            let present = part.map_or(&mut table.rows.low, |part| &mut table.state[part]);
             let what = format!("state of table '{}'", table.spec.name);
             *present = memory.checked(present.bytes() as u128, align_of::<f32>(), &what)?;
             Ok(())

@@ -5,6 +5,7 @@
 use crate::Level;
 use crate::disjoint::Disjoint;
 use crate::kernels::Simd;
+use crate::kernels::codes::{self, CodeRows};
 use crate::kernels::stochastic::{Decode, Encode, Half, HalfRows, Halves};
 
 /// The elements of a table's rows, to be changed.
@@ -13,6 +14,8 @@ pub(crate) enum Weights<'a> {
     Fp32(Disjoint<'a, f32>),
     /// Of half precision.
     Half(HalfRows<'a>),
+    /// Of a quantized format.
+    Codes(CodeRows<'a>),
 }
 
 impl Weights<'_> {
@@ -33,6 +36,11 @@ impl Weights<'_> {
                     simd.prefetch_bytes(rows.low.address(at).cast(), dim * size_of::<u16>());
                 }
             }
+            Self::Codes(rows) => {
+                let (row_bytes, pair_bytes) = (rows.row_bytes(), rows.scale_format.pair_bytes());
+                simd.prefetch_bytes(rows.codes.address(row.wrapping_mul(row_bytes)), row_bytes);
+                simd.prefetch(rows.scales.address(row.wrapping_mul(pair_bytes)));
+            }
         }
     }
 
@@ -41,14 +49,16 @@ impl Weights<'_> {
         match self {
             Self::Fp32(_) => {}
             Self::Half(all) => level.run(Decode { halves: Halves { all, rows }, into }),
+            Self::Codes(all) => level.run(codes::Decode { all, rows, into }),
         }
     }
 
-    /// Writes the rows that `decode` gave back.
-    pub(crate) fn encode(&self, rows: &[usize], from: &[f32], level: Level) {
+    /// Writes the rows that `decode` gave back, of which anything may be left.
+    pub(crate) fn encode(&self, rows: &[usize], from: &mut [f32], level: Level) {
         match self {
             Self::Fp32(_) => {}
             Self::Half(all) => level.run(Encode { halves: Halves { all, rows }, from }),
+            Self::Codes(all) => level.run(codes::Encode { all, rows, from }),
         }
     }
 }

@@ -8,7 +8,7 @@ use common::formulas::{self, optimizers};
 use common::{Arrays, Case, any_case, assert_close, bits, contexts, large_case, noise};
 use dlrm_core::optimizers::{Kind, Optimizer, Step};
 use dlrm_core::{
-    Context, Encoding, Error, Gradient, Method, Output, Pooling, RowFormat, SparseRows, TableSet,
+    Context, Encoding, Error, Gradient, Method, Output, Pooling, RowFormat, ScaleFormat, SparseRows, TableSet,
 };
 use proptest::prelude::*;
 
@@ -271,35 +271,168 @@ fn a_factor_multiplies_the_gradient_of_every_row() {
     assert!(trained(1.0) == trained(1024.0));
 }
 
-/// Rows of half precision after some steps.
-fn trained_halves(case: &Case, format: RowFormat, split: bool, ctx: &Context) -> Vec<Vec<u8>> {
-    let (set, arrays) = (case.set(ctx), case.arrays());
-    let encoding = Encoding { format, method: Method::MinMax, scales: None, zero_not_finite: false };
+/// Brings all tables into another format.
+fn encode_all(case: &Case, set: &TableSet, format: RowFormat, scales: Option<ScaleFormat>, ctx: &Context) {
+    let encoding = Encoding { format, method: Method::MinMax, scales, zero_not_finite: false };
     for t in 0..case.tables.len() {
         let rows = set.encode(t, encoding, ctx).unwrap().rows;
         set.swap_rows(t, rows).unwrap();
     }
-    set.set_optimizer(Kind::RowWiseAdagrad, split, ctx).unwrap();
-    let from = from_model(case, &set, &arrays);
-    for step in 1..4 {
-        let optimizers = optimizers(Kind::RowWiseAdagrad, step, case.tables.len());
+}
+
+/// All bytes of rows that are not fp32 after some steps: elements, lower halves, scales and state.
+fn trained_rows(
+    case: &Case,
+    format: RowFormat,
+    split: bool,
+    scales: Option<ScaleFormat>,
+    kind: Kind,
+    steps: u64,
+    ctx: &Context,
+) -> Vec<Vec<u8>> {
+    let (set, arrays) = (case.set(ctx), case.arrays());
+    encode_all(case, &set, format, scales, ctx);
+    set.set_optimizer(kind, split, ctx).unwrap();
+    let mut from = from_model(case, &set, &arrays);
+    for step in 1..=steps {
+        for (i, g) in from.output.iter_mut().enumerate() {
+            *g = noise(step, i);
+        }
+        let optimizers = optimizers(kind, step, case.tables.len());
         set.update(&case.call(&arrays), &from.gradient(false), &optimizers, ctx).unwrap();
     }
     let low = |t| set.read_low(t, |low, _| low.iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap();
-    let rows = |t| set.read_rows(t, |rows| rows.elements().0.to_vec()).unwrap();
-    (0..case.tables.len()).flat_map(|t| [rows(t), low(t)]).collect()
+    let rows =
+        |t| set.read_rows(t, |rows| [rows.elements().0.to_vec(), rows.scales().0.to_vec()].concat()).unwrap();
+    let state = |t, part| {
+        set.read_state(t, part, |state, _| state.iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap()
+    };
+    (0..case.tables.len()).flat_map(|t| [rows(t), low(t), state(t, 0), state(t, 1)]).collect()
 }
 
 #[test]
-fn halves_have_the_same_bits_everywhere() {
+fn rows_of_every_format_have_the_same_bits_everywhere() {
+    use RowFormat::{Bf16, Fp16, Int2, Int4, Int8};
+    use ScaleFormat as Scales;
     let case = large_case(Pooling::Sum);
-    for (format, split) in [(RowFormat::Fp16, false), (RowFormat::Bf16, false), (RowFormat::Bf16, true)] {
-        let first = trained_halves(&case, format, split, &contexts()[0]);
-        assert!(first == trained_halves(&case, format, split, &contexts()[0]), "a second run");
+    for (format, split, scales) in [
+        (Fp16, false, None),
+        (Bf16, false, None),
+        (Bf16, true, None),
+        (Int8, false, Some(Scales::Fp16)),
+        (Int8, false, Some(Scales::Bf16)),
+        (Int8, false, Some(Scales::Fp32)),
+        (Int4, false, Some(Scales::Fp16)),
+        (Int2, false, Some(Scales::Fp16)),
+    ] {
+        let trained = |ctx: &_| trained_rows(&case, format, split, scales, Kind::RowWiseAdagrad, 3, ctx);
+        let first = trained(&contexts()[0]);
+        assert!(first == trained(&contexts()[0]), "a second run");
         for ctx in &contexts()[1..] {
-            assert!(first == trained_halves(&case, format, split, ctx), "{format} at {:?}", ctx.level);
+            assert!(first == trained(ctx), "{format} at {:?} on {} threads", ctx.level, ctx.threads);
         }
     }
+}
+
+#[test]
+fn int8_rows_have_the_same_bits_after_fifty_steps_of_every_optimizer() {
+    let mut case = large_case(Pooling::Mean);
+    case.batch = 40;
+    case.bags = (0..160).map(|i| (0..i % 9).map(|k| i64::from(i * k % 3)).collect()).collect();
+    for &kind in Kind::ALL {
+        let trained = |threads| {
+            let ctx = Context { threads, ..Context::default() };
+            trained_rows(&case, RowFormat::Int8, false, None, kind, 50, &ctx)
+        };
+        let first = trained(1);
+        assert!([2, 3, 7, 8].into_iter().all(|threads| first == trained(threads)), "{kind}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn an_updated_row_of_codes_is_near_that_of_fp32_and_has_the_same_bits_everywhere(
+        case in any_case(), format in prop::sample::select(vec![RowFormat::Int8, RowFormat::Int4, RowFormat::Int2])
+    ) {
+        let mut first = None;
+        for ctx in contexts() {
+            let (set, arrays) = (case.set(&ctx), case.arrays());
+            encode_all(&case, &set, format, None, &ctx);
+            let decoded = |t| {
+                let encoding =
+                    Encoding { format: RowFormat::Fp32, method: Method::MinMax, scales: None, zero_not_finite: false };
+                let rows = set.encode(t, encoding, &ctx).unwrap().rows;
+                bytemuck::cast_slice::<u8, f32>(rows.elements().0).to_vec()
+            };
+            let before: Vec<_> = (0..case.tables.len()).map(decoded).collect();
+            set.set_optimizer(Kind::Sgd, false, &ctx).unwrap();
+            let from = from_model(&case, &set, &arrays);
+            let optimizers = optimizers(Kind::Sgd, 1, case.tables.len());
+            set.update(&case.call(&arrays), &from.gradient(false), &optimizers, &ctx).unwrap();
+            let after: Vec<_> = (0..case.tables.len()).map(decoded).collect();
+            let expected = expected_gradient(&case, &arrays, &from, false);
+            for (t, touched) in expected.iter().enumerate() {
+                let dim = case.tables[t].1;
+                for (row, (old, new)) in before[t].chunks(dim).zip(after[t].chunks(dim)).enumerate() {
+                    let Some(gradient) = touched.get(&row) else {
+                        prop_assert_eq!(bits(old), bits(new), "an untouched row");
+                        continue;
+                    };
+                    let mut expected = formulas::Row {
+                        weights: old.iter().map(|&x| f64::from(x)).collect(), state: [vec![], vec![]],
+                    };
+                    expected.update(Kind::Sgd, gradient, 1);
+                    let weights = &expected.weights;
+                    let [least, most] =
+                        weights.iter().fold([f64::MAX, f64::MIN], |[a, b], &x| [a.min(x), b.max(x)]);
+                    let codes = f64::from((1_u32 << format.bits()) - 1);
+                    let step = (most - least + least.abs() / 128.0) / codes * 1.01 + 1e-6;
+                    for (x, y) in weights.iter().zip(new) {
+                        prop_assert!((x - f64::from(*y)).abs() <= step, "{} became {}", x, y);
+                    }
+                }
+            }
+            let bits: Vec<_> = after.iter().map(|x| bits(x)).collect();
+            prop_assert_eq!(first.get_or_insert_with(|| bits.clone()), &bits);
+        }
+    }
+}
+
+#[test]
+fn rows_with_a_codebook_are_not_trained() {
+    let case = large_case(Pooling::Sum);
+    let ctx = Context::default();
+    let set = case.set(&ctx);
+    let encoding =
+        Encoding { format: RowFormat::Int4, method: Method::Codebook, scales: None, zero_not_finite: false };
+    set.swap_rows(0, set.encode(0, encoding, &ctx).unwrap().rows).unwrap();
+    let refused = set.set_optimizer(Kind::Sgd, false, &ctx).unwrap_err().to_string();
+    let expected = "optimizer: expected tables whose codes, if any, are evenly spaced, got int4 rows with a codebook \
+                    in table 't0'";
+    assert_eq!(refused, expected);
+}
+
+#[test]
+fn lower_halves_go_and_come_with_their_rows() {
+    let case = large_case(Pooling::Sum);
+    let ctx = Context::default();
+    let (set, arrays) = (case.set(&ctx), case.arrays());
+    encode_all(&case, &set, RowFormat::Bf16, None, &ctx);
+    set.set_optimizer(Kind::Sgd, true, &ctx).unwrap();
+    let from = from_model(&case, &set, &arrays);
+    set.update(&case.call(&arrays), &from.gradient(false), &optimizers(Kind::Sgd, 1, 3), &ctx).unwrap();
+    let low = || set.read_low(0, |low, _| low.to_vec()).unwrap();
+    let before = low();
+    assert!(before.iter().any(|&x| x != 0));
+    let encoding =
+        Encoding { format: RowFormat::Int8, method: Method::MinMax, scales: None, zero_not_finite: false };
+    let put_aside = set.swap_rows(0, set.encode(0, encoding, &ctx).unwrap().rows).unwrap();
+    assert!(low().is_empty());
+    set.update(&case.call(&arrays), &from.gradient(false), &optimizers(Kind::Sgd, 2, 3), &ctx).unwrap();
+    set.swap_rows(0, put_aside).unwrap();
+    assert_eq!(low(), before);
 }
 
 #[test]

@@ -9,6 +9,7 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+pub(crate) mod codes;
 pub(crate) mod compare;
 pub(crate) mod decode;
 pub(crate) mod dot;

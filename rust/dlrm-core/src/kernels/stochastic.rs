@@ -30,7 +30,7 @@ impl Random {
     }
 
     #[inline(always)]
-    fn of_row(self, row: usize) -> [u32; 2] {
+    pub(super) fn of_row(self, row: usize) -> [u32; 2] {
         let key = mixed(self.0 ^ row as u64);
         [key as u32, (key >> 32) as u32]
     }
@@ -46,7 +46,7 @@ fn mixed(x: u64) -> u64 {
 
 /// 32 random bits for a column: the finalizer of `MurmurHash3` on its number, keyed before and after.
 #[inline(always)]
-fn random_bits(key: [u32; 2], column: u32) -> u32 {
+pub(super) fn random_bits(key: [u32; 2], column: u32) -> u32 {
     final_mix(final_mix(column.wrapping_add(key[0])) ^ key[1])
 }
 

@@ -101,7 +101,7 @@ impl Touched<'_> {
             let rows = &rows[..count];
             target.weights.decode(rows, &mut decoded, level);
             level.run(Apply { rule, target, rows, gradients: &mut gradients, decoded: &mut decoded });
-            target.weights.encode(rows, &decoded, level);
+            target.weights.encode(rows, &mut decoded, level);
             begin = end;
         }
     }
@@ -297,7 +297,7 @@ impl<R: Rule> Kernel for Apply<'_, R> {
             let weights = match weights {
                 // SAFETY: as above.
                 Weights::Fp32(all) => unsafe { all.piece(row * dim..(row + 1) * dim) },
-                Weights::Half(_) => &mut self.decoded[i * dim..(i + 1) * dim],
+                Weights::Half(_) | Weights::Codes(_) => &mut self.decoded[i * dim..(i + 1) * dim],
             };
             self.rule.apply(simd, Row { weights, state, gradient });
         }

@@ -1,0 +1,291 @@
+//! Rows of codes read before a rule and written after it.
+//!
+//! ```text
+//! with n = 2^bits - 1:  bias = the largest number that is stored up to the smallest element
+//!                       scale = the smallest from (largest element - bias) / n on; 1 where that is too small to divide by
+//!                       code = one of the two integers around (x - bias) / scale, each with a probability so that the
+//!                              mean is that
+//! ```
+//! So scale and bias reach around all elements, and the mean of what an element can become is the element. Elements that
+//! the stored numbers cannot reach become the nearest that they can; a row with a NaN or an infinity becomes NaN, scale,
+//! bias and all. Random bits are those of `stochastic`.
+
+use super::fit::{Affine, Span};
+use super::stochastic::{Random, random_bits};
+use super::touched::map;
+use super::{Kernel, Simd};
+use crate::RowFormat;
+use crate::disjoint::Disjoint;
+use crate::rows::{Int2, Int4, Int8, Packing, Rows, pack};
+use crate::scales::{self, ScaleFormat};
+use crate::table_rows::{RowsRef, UNIFORM};
+
+/// Rows of evenly spaced codes, where they are.
+pub(crate) struct CodeRows<'a> {
+    pub(crate) format: RowFormat,
+    pub(crate) codes: Disjoint<'a, u8>,
+    pub(crate) scales: Disjoint<'a, u8>,
+    pub(crate) scale_format: ScaleFormat,
+    pub(crate) dim: usize,
+    pub(crate) random: Random,
+}
+
+impl CodeRows<'_> {
+    /// Bytes of a row's codes.
+    #[inline(always)]
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.format.row_bytes(self.dim)
+    }
+
+    /// The codes of a row, and its scale and bias.
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, unsafe_code, reason = "rows are disjoint")]
+    fn row(&self, row: usize) -> (&mut [u8], &mut [u8]) {
+        let (codes, pair) = (self.row_bytes(), self.scale_format.pair_bytes());
+        // SAFETY: a row belongs to one piece of a call, which decodes and encodes it once, one after the other.
+        unsafe {
+            (
+                self.codes.piece(row * codes..(row + 1) * codes),
+                self.scales.piece(row * pair..(row + 1) * pair),
+            )
+        }
+    }
+
+    /// Writes a row's elements to `into`.
+    #[inline(always)]
+    fn decode<S: Simd, P: Packing<Unit = u8>>(&self, simd: S, packing: P, row: usize, into: &mut [f32]) {
+        let (codes, pair) = self.row(row);
+        let &Self { format, dim, scale_format, .. } = self;
+        let one = RowsRef { format, dim, elements: codes, scales: pair, scale_format, codebook: &UNIFORM };
+        one.quantized(packing).copy(simd, 0, into);
+    }
+
+    /// Writes a row of these elements, of which its codes are left.
+    #[inline(always)]
+    fn encode<S: Simd, P: Packing<Unit = u8>>(&self, simd: S, packing: P, row: usize, elements: &mut [f32]) {
+        let (codes, pair) = self.row(row);
+        let largest = self.format.largest_code();
+        let affine = around(Span::of(simd, elements), self.scale_format, largest);
+        scales::store(self.scale_format, pair, 0, [affine.scale, affine.bias]);
+        let (zero, largest) = (simd.splat(0.0), simd.splat(largest));
+        // In this order NaN becomes 0.
+        map(simd, elements, |x| simd.min(simd.max(affine.to_codes(simd, x), zero), largest));
+        let key = self.random.of_row(row);
+        // A loop of its own over the row, which compilers bring into vectors.
+        for (column, x) in (0..).zip(&mut *elements) {
+            *x = drawn(*x, random_bits(key, column));
+        }
+        pack(simd, packing, elements, codes);
+    }
+}
+
+/// Scale and bias that reach around a row; NaN where there is no telling from where to where it reaches.
+#[inline(always)]
+fn around(span: Option<Span>, stored: ScaleFormat, largest_code: f32) -> Affine {
+    /// Elements up to this size have a range, and decode to what is finite.
+    const LARGEST: f32 = f32::from_bits((127 + 125) << 23);
+    let Some(span) = span else {
+        return Affine { scale: f32::NAN, bias: f32::NAN, inverse: f32::NAN };
+    };
+    let limit = if stored == ScaleFormat::Fp16 { 65504.0 } else { LARGEST };
+    let bias = stored.at_most(span.min.clamp(-limit, limit));
+    let range = span.max.min(LARGEST) - bias;
+    let scale = stored.at_least((range / largest_code).min(limit));
+    let inverse = 1.0 / scale;
+    if inverse.is_finite() {
+        Affine { scale, bias, inverse }
+    } else {
+        Affine { scale: 1.0, bias, inverse: 1.0 }
+    }
+}
+
+/// One of the two integers around a number from 0 to 255.
+#[inline(always)]
+fn drawn(x: f32, random: u32) -> f32 {
+    const BITS: u32 = 16;
+    let fixed = (x * (1 << BITS) as f32) as i32 + (random & ((1 << BITS) - 1)) as i32;
+    (fixed >> BITS) as f32
+}
+
+/// Brings rows into fp32.
+pub(crate) struct Decode<'a> {
+    pub(crate) all: &'a CodeRows<'a>,
+    pub(crate) rows: &'a [usize],
+    pub(crate) into: &'a mut [f32],
+}
+
+/// Writes rows of fp32 back, of which their codes are left.
+pub(crate) struct Encode<'a> {
+    pub(crate) all: &'a CodeRows<'a>,
+    pub(crate) rows: &'a [usize],
+    pub(crate) from: &'a mut [f32],
+}
+
+/// Runs `$body` with `$packing` that of the rows.
+macro_rules! with_packing {
+    ($format:expr, |$packing:ident| $body:expr) => {
+        match $format {
+            RowFormat::Int8 => {
+                let $packing = Int8;
+                $body
+            }
+            RowFormat::Int4 => {
+                let $packing = Int4(&UNIFORM);
+                $body
+            }
+            RowFormat::Int2 => {
+                let $packing = Int2;
+                $body
+            }
+            RowFormat::Fp32 | RowFormat::Fp16 | RowFormat::Bf16 => unreachable!("rows of codes"),
+        }
+    };
+}
+
+impl Kernel for Decode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { all, rows, into } = self;
+        with_packing!(all.format, |packing| {
+            for (&row, into) in rows.iter().zip(into.chunks_exact_mut(all.dim)) {
+                all.decode(simd, packing, row, into);
+            }
+        });
+    }
+}
+
+impl Kernel for Encode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { all, rows, from } = self;
+        with_packing!(all.format, |packing| {
+            for (&row, from) in rows.iter().zip(from.chunks_exact_mut(all.dim)) {
+                all.encode(simd, packing, row, from);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table_rows::pair_bytes;
+    use crate::{Context, Level};
+
+    const DRAWS: usize = 1_000_000;
+
+    /// What a row becomes: encoded as rows 0, 1, 2 and so on of a table, `count` of them.
+    fn encoded(
+        row: &[f32],
+        format: RowFormat,
+        scale_format: ScaleFormat,
+        count: usize,
+        step: u64,
+        level: Level,
+    ) -> Vec<f32> {
+        let dim = row.len();
+        let mut codes = vec![0_u8; count * format.row_bytes(dim)];
+        let mut pairs = vec![0_u32; count * pair_bytes(format, scale_format) / 4];
+        let all = CodeRows {
+            format,
+            codes: Disjoint::new(&mut codes),
+            scales: Disjoint::new(bytemuck::cast_slice_mut(&mut pairs)),
+            scale_format,
+            dim,
+            random: Random::new(1, step, 2),
+        };
+        let rows: Vec<_> = (0..count).collect();
+        level.run(Encode { all: &all, rows: &rows, from: &mut row.repeat(count) });
+        let mut decoded = vec![0.0; count * dim];
+        level.run(Decode { all: &all, rows: &rows, into: &mut decoded });
+        decoded
+    }
+
+    #[test]
+    fn a_mean_of_a_million_roundings_is_the_number() {
+        const COUNT: usize = 1000;
+        for format in [RowFormat::Int8, RowFormat::Int4, RowFormat::Int2] {
+            for scale_format in ScaleFormat::ALL {
+                // From -1 to -1 + n / 256, whose scale and bias every scale format has; between them elements at
+                // fractions of a step.
+                let (step, last) = (1.0 / 256.0, format.largest_code());
+                let fractions = [0.0, 0.1, 0.25, 0.5, 0.9];
+                let mut row: Vec<f32> = fractions.iter().map(|f| -1.0 + (1.0 + f) * step).collect();
+                row.extend([-1.0, -1.0 + last * step]);
+                let mut means = vec![0.0; row.len()];
+                for draw in 0..DRAWS / COUNT {
+                    let all =
+                        encoded(&row, format, scale_format, COUNT, draw as u64, Context::default().level);
+                    for decoded in all.chunks(row.len()) {
+                        for (mean, x) in means.iter_mut().zip(decoded) {
+                            *mean += f64::from(*x) / DRAWS as f64;
+                        }
+                    }
+                }
+                for (i, (mean, x)) in means.iter().zip(&row).enumerate() {
+                    let fraction = fractions.get(i).map_or(0.0, |f| f64::from(*f));
+                    let deviation = f64::from(step) * (fraction * (1.0 - fraction) / DRAWS as f64).sqrt();
+                    let error = (mean - f64::from(*x)).abs();
+                    assert!(error <= 4.0 * deviation + 1e-6, "{format} {scale_format}: {mean}, expected {x}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_becomes_one_near_it_at_every_level_alike() {
+        for dim in [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 130] {
+            for (power, offset) in [(0, 0.0), (-30, 0.0), (-3, 1.0), (100, -1e30), (14, 0.0), (-140, 0.0)] {
+                let element = |i: usize| {
+                    let x = (i as u32).wrapping_mul(0x9E37_79B1) as f32 / u32::MAX as f32 - 0.5;
+                    x * 2.0_f32.powi(power) + offset
+                };
+                let row: Vec<_> = (0..dim).map(element).collect();
+                for format in [RowFormat::Int8, RowFormat::Int4, RowFormat::Int2] {
+                    for scale_format in ScaleFormat::ALL {
+                        let of = |level| encoded(&row, format, scale_format, 3, 1, level);
+                        let first = of(Context::default().level);
+                        for level in Level::available() {
+                            assert!(first.iter().zip(of(level)).all(|(a, b)| a.to_bits() == b.to_bits()));
+                        }
+                        let span = row.iter().fold([f32::MAX, f32::MIN], |[a, b], &x| [a.min(x), b.max(x)]);
+                        if scale_format == ScaleFormat::Fp16 && span[0] < -65504.0 {
+                            continue;
+                        }
+                        // What the bias is rounded by, and a step.
+                        let off = span[0].abs() / 128.0 + 6e-8;
+                        let step = (span[1] - span[0] + off) / format.largest_code() * 1.01 + 6e-8;
+                        for (x, y) in row.iter().cycle().zip(&first) {
+                            assert!((x - y).abs() <= step, "{format} {scale_format}: {x:e} became {y:e}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_makes_the_row_nan_and_what_is_too_large_the_largest() {
+        for format in [RowFormat::Int8, RowFormat::Int4, RowFormat::Int2] {
+            for scale_format in ScaleFormat::ALL {
+                let of = |row: &[f32]| encoded(row, format, scale_format, 1, 1, Context::default().level);
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    assert!(of(&[1.0, bad, 2.0]).iter().all(|x| x.is_nan()));
+                }
+                let large = of(&[-f32::MAX, 0.0, f32::MAX]);
+                let least = if scale_format == ScaleFormat::Fp16 { 65504.0 } else { 2.0_f32.powi(125) };
+                assert!(
+                    large.iter().all(|x| x.is_finite()) && large[0] <= -least && large[2] >= least,
+                    "{large:?}"
+                );
+                assert!(of(&[f32::MAX; 3]).iter().all(|x| x.is_finite() && *x >= least));
+                assert_eq!(of(&[0.25; 3]), [0.25; 3]);
+                assert_eq!(of(&[-0.0; 3]), [0.0; 3]);
+            }
+        }
+    }
+}
