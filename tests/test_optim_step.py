@@ -217,3 +217,12 @@ def test_a_closure_is_computed_first() -> None:
     assert optimizer.step(closure) == 0
     assert optimizer.step(closure) == -5
     assert module.weight[0].tolist() == [-2] * 5
+
+
+def test_a_grad_scaler_is_refused_where_rows_move_in_backward() -> None:
+    module, optimizer = fused(Adam(lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(module(torch.tensor([[1, 3]])).sum()).backward()
+    with pytest.raises(RuntimeError, match="GradScaler: expected a fused optimizer with update='step'"):
+        scaler.step(optimizer)
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)

@@ -7,7 +7,8 @@ Two ways to step, by `update` of the spec:
 
 - `"backward"`: every backward through a lookup *is* a step. The fastest; but what torch does between the two, such as
   gradient accumulation, several lookups of a table in one graph as one step, or unscaling of a scaled loss, cannot be
-  had.
+  had. `torch.amp.GradScaler.step` refuses such an optimizer; a loss that is scaled in another way trains on scaled
+  gradients.
 - `"step"`: backward keeps the gradient of what was looked up (`B` rows, not those of the tables), and
   `fused_optimizer.step()` runs the update once, on the sums of all that was kept: the same bits as of one batch;
   `zero_grad()` drops it. All of these work then as with torch's optimizers, `torch.amp.GradScaler` included.

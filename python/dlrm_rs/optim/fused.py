@@ -160,6 +160,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether gradients that are not finite are refused."""
         return bool(self.param_groups[0]["check_finite"])
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler.step` asks first: whether `step` unscales by itself, which it does not.
+
+        Raises:
+            RuntimeError: Rows have moved in backward already, by the gradients of the scaled loss.
+        """
+        if self.update_at == "backward":
+            raise RuntimeError(
+                "GradScaler: expected a fused optimizer with update='step', got update='backward', where rows move in "
+                "backward by the gradient of the loss that is differentiated: here of the scaled one, so the tables "
+                "are not what they should be"
+            )
+        return False
+
     def refuse(self, finite: bool) -> None:
         """Refuse gradients that are not finite, if that is to be.
 
