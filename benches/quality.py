@@ -82,6 +82,7 @@ VARIANTS = (
     Variant("bf16 split", {"data_type": "bf16"}, {"split_bf16": True}),
     Variant("bf16", {"data_type": "bf16"}),
     Variant("fp16", {"data_type": "fp16"}),
+    Variant("int8", {"data_type": "int8"}),
 )
 
 

@@ -140,7 +140,7 @@ def test_jobs_have_the_peers_of_their_optimizer_and_row_format(monkeypatch: pyte
     monkeypatch.setattr(run, "available", lambda: 1 << 40)
     record = Record({}, Arguments(families=("step",), shapes=("SINGLE",)))
     jobs = {str(job): job.peers for job in run._jobs(record.arguments, {}, record)}
-    assert len(jobs) == 3 * (3 + 3 + 1 + 1) + (2 + 1 + 1 + 1)  # environments by row format; FBGEMM has no Adam
+    assert len(jobs) == 3 * (3 + 3 + 1 + 1 + 1) + (2 + 1 + 1 + 1 + 1)  # environments by row format; FBGEMM has no Adam
     assert jobs["SINGLE fp32 SGD (nn.EmbeddingBag, FBGEMM TBE; plain)"] == ("nn.EmbeddingBag", "FBGEMM TBE")
     assert jobs["SINGLE fp32 Adam (nn.EmbeddingBag; huge pages)"] == ("nn.EmbeddingBag",)
     assert jobs["SINGLE bf16-split Adam (dlrm_rs fp32; plain)"] == ("dlrm_rs fp32",)

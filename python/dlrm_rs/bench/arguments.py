@@ -16,7 +16,7 @@ from dlrm_rs.row_formats import ROW_FORMATS
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "lookup": ROW_FORMATS,
     "quantize": ("int8", "int4", "int2"),
-    "step": ("fp32", "fp16", "bf16", "bf16-split"),
+    "step": ("fp32", "fp16", "bf16", "bf16-split", "int8"),
 }
 DEFAULT_FORMATS: Mapping[str, tuple[str, ...]] = {
     "lookup": ("fp32", "int8", "int4"),

@@ -124,5 +124,5 @@ TRAINING_PEERS = (
         "FbgemmTraining",
         ("SGD", "Adagrad", "RowWiseAdagrad"),
     ),
-    Peer("dlrm_rs fp32", ("fp16", "bf16", "bf16-split"), (PLAIN,), "torch", "ours", "OursInFp32", OPTIMIZERS),
+    Peer("dlrm_rs fp32", ("fp16", "bf16", "bf16-split", "int8"), (PLAIN,), "torch", "ours", "OursInFp32", OPTIMIZERS),
 )
