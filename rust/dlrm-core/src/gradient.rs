@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
+use crate::hot::Hot;
 use crate::kernels::dot::Dot;
 use crate::kernels::touched::{PARTS, Row, Rule, Target, Touched};
 use crate::kernels::{LANES, Simd};
@@ -91,10 +92,11 @@ pub(crate) fn apply(
     };
     let sizes: Vec<_> = targets.iter().enumerate().map(size).collect();
     let level = ctx.level;
+    let hot = Hot::summed(occurrences, sources, targets, ctx)?;
     pieces::for_each(&ctx.uninterrupted(), &sizes, |t, units| {
         let target = targets[t].as_ref().expect("others have no units");
         let run = occurrences.of(t).rows_in(units);
-        apply(t, Touched { run, sources, target, by_frequency, factor }, level);
+        apply(t, Touched { run, sources, target, by_frequency, factor, hot: hot.of(t) }, level);
     })
 }
 

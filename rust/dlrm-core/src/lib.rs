@@ -32,6 +32,7 @@ mod float_environment;
 mod fork;
 mod gradient;
 mod guarded;
+mod hot;
 mod kernels;
 mod level;
 mod lookup;

@@ -165,12 +165,23 @@ impl<'a> Run<'a> {
         (self.sorted[k] & ((1 << self.place_bits) - 1)) as usize
     }
 
-    /// The end of the occurrences of the row that begins at `k`.
+    /// The beginning of the occurrences of the row that occurrence `k` is of.
+    pub(crate) fn row_begin(self, k: usize) -> usize {
+        let row = self.sorted[k] >> self.place_bits;
+        self.sorted[..k].partition_point(|&o| o >> self.place_bits < row)
+    }
+
+    /// The end of the occurrences of the row that occurrence `k` is of.
     #[inline(always)]
     pub(crate) fn row_end(self, k: usize) -> usize {
+        /// A row that has more may have most of the occurrences: then a search and not a walk.
+        const WALK: usize = 32;
         let row = self.row(k);
         let mut end = k + 1;
         while end < self.len() && self.row(end) == row {
+            if end - k == WALK {
+                return end + self.sorted[end..].partition_point(|&o| (o >> self.place_bits) as usize == row);
+            }
             end += 1;
         }
         end
@@ -181,11 +192,7 @@ impl<'a> Run<'a> {
         let whole = |k: usize| match k {
             0 => 0,
             k if k >= self.len() => self.len(),
-            // A search and not a walk: a row may have most of the occurrences.
-            k => {
-                k + self.sorted[k..]
-                    .partition_point(|&o| o >> self.place_bits == self.sorted[k - 1] >> self.place_bits)
-            }
+            k => self.row_end(k - 1),
         };
         Run { sorted: &self.sorted[whole(range.start)..whole(range.end)], ..self }
     }
@@ -295,7 +302,7 @@ mod tests {
     #[test]
     fn pieces_of_a_run_hold_whole_rows() {
         let sorted: Vec<u64> = [0, 0, 0, 1, 2, 2, 5].iter().map(|row| row << 3).collect();
-        let run = Run { sorted: &sorted, place_bits: 3 };
+        let run = Run::new(&sorted, 3);
         let rows: Vec<_> = [0..2, 2..4, 4..6, 6..7].map(|r| run.rows_in(r).rows()).into();
         assert_eq!(rows, [vec![0], vec![1], vec![2], vec![5]]);
     }

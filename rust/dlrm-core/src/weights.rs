@@ -4,8 +4,8 @@
 
 use crate::Level;
 use crate::disjoint::Disjoint;
-use crate::kernels::Simd;
 use crate::kernels::codes::{self, CodeRows};
+use crate::kernels::reduce::Stream;
 use crate::kernels::stochastic::{Decode, Encode, Half, HalfRows, Halves};
 
 /// The elements of a table's rows, to be changed.
@@ -24,22 +24,26 @@ impl Weights<'_> {
         matches!(self, Self::Fp32(_))
     }
 
-    /// Starts to bring a row near; `row` may be any number.
+    /// Where the rows of `dim` elements are.
     #[inline(always)]
-    pub(crate) fn prefetch<S: Simd>(&self, simd: S, row: usize, dim: usize) {
-        let at = row.wrapping_mul(dim);
+    pub(crate) fn streams(&self, dim: usize) -> [Stream; 2] {
         match self {
-            Self::Fp32(all) => simd.prefetch_bytes(all.address(at).cast(), dim * size_of::<f32>()),
+            Self::Fp32(all) => {
+                let row_bytes = dim * size_of::<f32>();
+                [Stream { start: all.address(0).cast(), row_bytes }, Stream::NONE]
+            }
             Self::Half(rows) => {
-                simd.prefetch_bytes(rows.bits.address(at).cast(), dim * size_of::<u16>());
-                if rows.half == Half::Split {
-                    simd.prefetch_bytes(rows.low.address(at).cast(), dim * size_of::<u16>());
-                }
+                let stream = |of: &Disjoint<u16>| {
+                    let row_bytes = dim * size_of::<u16>();
+                    Stream { start: of.address(0).cast(), row_bytes }
+                };
+                let low = if rows.half == Half::Split { stream(&rows.low) } else { Stream::NONE };
+                [stream(&rows.bits), low]
             }
             Self::Codes(rows) => {
-                let (row_bytes, pair_bytes) = (rows.row_bytes(), rows.scale_format.pair_bytes());
-                simd.prefetch_bytes(rows.codes.address(row.wrapping_mul(row_bytes)), row_bytes);
-                simd.prefetch(rows.scales.address(row.wrapping_mul(pair_bytes)));
+                let codes = Stream { start: rows.codes.address(0).cast(), row_bytes: rows.row_bytes() };
+                let row_bytes = rows.scale_format.pair_bytes();
+                [codes, Stream { start: rows.scales.address(0).cast(), row_bytes }]
             }
         }
     }

@@ -19,6 +19,7 @@ mod minmax;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod pool;
+pub(crate) mod reduce;
 pub(crate) mod scalar;
 mod simd;
 pub(crate) mod stochastic;
