@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
 ]
 
 # Runs saved programs, each on its batch, in a process of its own.
