@@ -159,7 +159,7 @@ refused("got .* in the first and nothing in number 1", lambda: share_tables(
 ))
 alone = dist.new_group([0])
 if rank == 1:
-    refused("group: expected one with this process, rank 1", lambda: share_tables(rows(0, SGD), alone))
+    refused("group: expected one with this process, of rank 1", lambda: share_tables(rows(0, SGD), alone))
 
 bags = rows(rank, SGD)
 own = bags.weight.detach().clone()

@@ -105,11 +105,13 @@ def share_tables(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("group: expected torch.distributed.init_process_group to have been called, and it was not")
-    members = dist.get_process_group_ranks(group)
-    if dist.get_rank() not in members:
-        raise ValueError(f"group: expected one with this process, rank {dist.get_rank()}, got one of ranks {members}")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group: expected one with this process, of rank {dist.get_rank()}, got one without it")
+    members = dist.get_process_group_ranks(group or dist.group.WORLD)
     # Of a backend that moves tensors of the CPU, whatever reduces the gradients of the dense layers.
-    meeting = dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    # Where some make a group by themselves, torch 2.11 and older find it by how many groups each has: not if all do.
+    some = len(members) < dist.get_world_size()
+    meeting = dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=some)
     assert isinstance(meeting, dist.ProcessGroup)  # this process is a member
     owners = [module for module in model.modules() if isinstance(module, OwnsTables)]
     sets = list({id(owner._tables): owner._tables for owner in owners}.values())
