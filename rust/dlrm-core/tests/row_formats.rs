@@ -4,7 +4,7 @@ mod common;
 
 use common::{DIMS, any_case, bits, contexts, noise};
 use dlrm_core::{
-    Context, Encoding, Error, Gradient, Level, Method, Output, RowFormat, ScaleFormat, TableRows, TableSpec,
+    Context, Encoding, Error, Level, Method, Output, RowFormat, ScaleFormat, TableRows, TableSpec,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -335,39 +335,19 @@ fn rows_are_swapped_only_for_rows_of_their_shape() {
 }
 
 #[test]
-fn an_optimizer_trains_no_quantized_rows() {
-    use dlrm_core::optimizers::Kind;
+fn max_norm_is_for_fp32_rows_alone() {
     let ctx = Context::default();
     let case = common::large_case(dlrm_core::Pooling::Sum);
     let (set, arrays) = (case.set(&ctx), case.arrays());
-    let bags = case.call(&arrays);
     let int8 = encoding(RowFormat::Int8, Method::MinMax, None);
-    set.set_optimizer(Kind::Adagrad, false, &ctx).unwrap();
     let fp32 = set.swap_rows(0, set.encode(0, int8, &ctx).unwrap().rows).unwrap();
     let before = set.read_rows(1, bytes).unwrap();
-    let output = vec![1.0; set.output_len(&bags)];
-    let gradient = Gradient {
-        output: &output,
-        argmax: None,
-        trainable: &[true; 3],
-        scale_by_frequency: false,
-        factor: 1.0,
-    };
-    let adagrad = common::formulas::optimizers(Kind::Adagrad, 1, 3);
-    let refused = set.update(&bags, &gradient, &adagrad, &ctx).unwrap_err().to_string();
-    assert_eq!(refused, "trainable: expected tables of fp32, fp16 or bf16 rows, got int8 rows in table 't0'");
-    let refused = set.renorm(&bags, 1.0, 2.0, &ctx).unwrap_err().to_string();
+    let refused = set.renorm(&case.call(&arrays), 1e-3, 2.0, &ctx).unwrap_err().to_string();
     assert_eq!(refused, "max_norm: expected tables of fp32 rows, got int8 rows in table 't0'");
     assert!(set.read_rows(1, bytes).unwrap() == before);
     set.swap_rows(0, fp32).unwrap();
-    set.update(&bags, &gradient, &adagrad, &ctx).unwrap();
+    set.renorm(&case.call(&arrays), 1e-3, 2.0, &ctx).unwrap();
     assert!(set.read_rows(1, bytes).unwrap() != before);
-
-    set.clear_optimizer(&ctx).unwrap();
-    assert_eq!(set.memory_report().unwrap()[0].state, 0);
-    set.swap_rows(0, set.encode(0, int8, &ctx).unwrap().rows).unwrap();
-    let refused = set.set_optimizer(Kind::Sgd, false, &ctx).unwrap_err().to_string();
-    assert_eq!(refused, "optimizer: expected tables of fp32, fp16 or bf16 rows, got int8 rows in table 't0'");
 }
 
 #[test]
