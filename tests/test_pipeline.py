@@ -51,7 +51,7 @@ def stale_losses(model: dlrm_rs.DLRM, log: list[Batch]) -> list[float]:
 
 
 @pytest.mark.parametrize("optimizer", [RowWiseAdagrad(lr=0.05), Adam(lr=0.01)], ids=lambda spec: spec.algorithm)
-@pytest.mark.parametrize("data_type", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("data_type", ["fp32", "fp16", "bf16", "int8"])
 def test_exact_updates_give_the_bits_of_the_plain_loop(optimizer: OptimizerSpec, data_type: str) -> None:
     log = click_log(200)
     plain, model = click_model(optimizer, data_type=data_type), click_model(optimizer, data_type=data_type)
