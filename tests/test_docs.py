@@ -11,8 +11,8 @@ import torch
 
 DOCS = Path(__file__).parents[1] / "docs"
 
-# These show calls on models and files that are the reader's.
-NOT_RUN = {"torchrec.md", "reference_dlrm.md"}
+# These show calls on models and files that are the reader's, and commands.
+NOT_RUN = {"torchrec.md", "reference_dlrm.md", "benchmarks.md"}
 
 PAGES = sorted(page.name for page in DOCS.glob("*.md") if page.name not in NOT_RUN)
 

@@ -220,16 +220,25 @@ def test_a_gradient_of_tables_that_are_gone_is_refused() -> None:
         out.sum().backward()
 
 
-def test_an_update_of_tables_that_were_quantized_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("keep_optimizer", "words"),
+    [
+        (False, "it was given up since: the tables have been quantized"),
+        (True, "expected tables whose rows are stored as in the forward, and they have been quantized"),
+    ],
+)
+def test_an_update_of_tables_that_were_quantized_is_refused(keep_optimizer: bool, words: str) -> None:
     ours = dlrm_rs.EmbeddingBag(4, 2, mode="sum", optimizer=dlrm_rs.optim.SGD(lr=0.1))
     tables = ours._tables
     bags = (torch.tensor([1, 3]), torch.tensor([0]), 1, None)
     rows = [part for parts in tables.memory.parts for part in parts]
     about = (tables.key, tables.layout)
     out, _ = torch.ops.dlrm_rs.fused_lookup(ours.weight, rows, [], *about, *bags, [True], False, False)
-    dlrm_rs.quantize(ours, "int8")
-    with pytest.raises(RuntimeError, match="it was given up since: the tables have been quantized"):
+    dlrm_rs.quantize(ours, "int8", keep_optimizer=keep_optimizer)
+    before = tables.memory.parts[0][0].clone()
+    with pytest.raises(RuntimeError, match=words):
         out.sum().backward()
+    assert torch.equal(tables.memory.parts[0][0], before)
 
 
 def test_a_bad_id_is_named_as_by_the_module() -> None:

@@ -200,12 +200,6 @@ def patched() -> nn.Module:
             ValueError,
             "row 0 of table .* expected finite numbers, got inf",
         ),
-        (
-            lambda: nn.EmbeddingBag(5, 2),
-            {"dtype": "int8", "optimizer": dlrm_rs.optim.SGD(lr=0.1)},
-            ValueError,
-            "optimizer: expected tables of fp32, fp16 or bf16 rows, got int8 rows in table",
-        ),
         (lambda: nn.EmbeddingBag(5, 2), {"optimizer": "sgd"}, TypeError, "optimizer: expected None or one of"),
     ],
 )

@@ -53,8 +53,9 @@ def log(quality: ModuleType) -> Any:
 
 def test_variants_begin_alike_and_are_trained(quality: ModuleType, log: Any) -> None:
     models = {variant.name: quality.Model(log, variant, 0) for variant in quality.VARIANTS}
-    weight = "embedding_bags.t1.weight"
-    rows = {name: model.collection.get_parameter(weight).float() for name, model in models.items()}
+    weight = "embedding_bags.t1.weight"  # of codes there is none
+    of_numbers = {name: model for name, model in models.items() if name != "int8"}
+    rows = {name: model.collection.get_parameter(weight).float() for name, model in of_numbers.items()}
     for name, of_model in rows.items():
         if name in ("fp32, other seed", "fp32, one ulp"):
             assert not torch.equal(of_model, rows["fp32"])

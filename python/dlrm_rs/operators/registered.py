@@ -363,6 +363,11 @@ def _update(
 ) -> None:
     tables = tables_of(key)
     calls.check_fused(tables)
+    if layout != tables.layout:
+        raise RuntimeError(
+            "update: expected tables whose rows are stored as in the forward, and they have been quantized or "
+            "dequantized since"
+        )
     bags = _contiguous(indices, offsets, batch_size)
     grad = grad.float().contiguous()
     if tables.memory.overlaps(grad):
