@@ -53,7 +53,11 @@ def dense_adam(model: nn.Module) -> torch.optim.Adam:
 
 
 def plain_losses(model: nn.Module, log: Any) -> list[float]:
-    optimizer = dense_adam(model)
+    return trained(model, dense_adam(model), log)
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, log: Any) -> list[float]:
+    """The losses of a plain loop over batches, wherever these come from."""
     losses = []
     for batch in log:
         optimizer.zero_grad()

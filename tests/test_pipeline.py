@@ -18,6 +18,7 @@ from clicks import (
     pipelined,
     plain_losses,
     state,
+    trained,
 )
 from dlrm_rs import Pipeline
 from dlrm_rs.data import Batch, ClickLog
@@ -195,16 +196,9 @@ def test_several_collections_and_other_modules() -> None:
     log = [clicks[k] for k in range(30)]
     plain, model = Two(), Two()
 
-    def train(model: nn.Module, batches: Iterator[Batch]) -> list[float]:
-        optimizer = torch.optim.SGD(model.get_submodule("top").parameters(), lr=0.1)
-        losses = []
-        for batch in batches:
-            optimizer.zero_grad()
-            loss = click_loss(model, batch)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
+    def sgd(model: nn.Module) -> torch.optim.SGD:
+        return torch.optim.SGD(model.get_submodule("top").parameters(), lr=0.1)
 
-    assert train(model, Pipeline(model, None, log).batches()) == train(plain, iter(log))
+    losses = trained(model, sgd(model), Pipeline(model, None, log).batches())
+    assert losses == trained(plain, sgd(plain), log)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
