@@ -38,7 +38,9 @@ def click_model(
     """The same weights every time."""
     torch.manual_seed(1)
     tables = [
-        dlrm_rs.EmbeddingBagConfig(f"t{t}", rows, DIM, [f"t{t}"], pooling, data_type)
+        dlrm_rs.EmbeddingBagConfig(
+            f"t{t}", rows, DIM, [f"t{t}"], pooling, data_type, scale_grad_by_freq=pooling == "mean"
+        )
         for t, (rows, pooling) in enumerate(zip(ROWS, poolings, strict=True))
     ]
     embeddings = dlrm_rs.EmbeddingBagCollection(

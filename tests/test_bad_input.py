@@ -212,6 +212,12 @@ BAD_TABLES: dict[str, tuple[list[EmbeddingBagConfig], dict[str, Any], type[Excep
     "no feature": ([EmbeddingBagConfig("a", 2, 2, [])], {}, ValueError, "feature_names of table 'a'.* got \\[\\]"),
     "same feature": ([EmbeddingBagConfig("a", 2, 2, ["x", "x"])], {}, ValueError, "feature_names of table 'a'"),
     "a string": ([EmbeddingBagConfig("a", 2, 2, cast(Any, "xy"))], {}, ValueError, "feature_names of table 'a'.* 'xy'"),
+    "maxima by frequency": (
+        [EmbeddingBagConfig("a", 2, 2, ["x"], "max", scale_grad_by_freq=True)],
+        {},
+        ValueError,
+        "pooling of table 'a': expected 'sum' or 'mean' with scale_grad_by_freq, got 'max'",
+    ),
     "pooling": ([EmbeddingBagConfig("a", 2, 2, ["x"], "avg")], {}, ValueError, "pooling of table 'a'.* got 'avg'"),
     "data_type": ([EmbeddingBagConfig("a", 2, 2, ["x"], "sum", "int3")], {}, TypeError, "data_type of table 'a'.*int3"),
     "device": ([EmbeddingBagConfig("a", 2, 2, ["x"])], {"device": "meta"}, ValueError, "device: .* got 'meta'"),

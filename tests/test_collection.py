@@ -1,5 +1,6 @@
 """`EmbeddingBagCollection` against one torch module per feature."""
 
+import dataclasses
 import sys
 import types
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ TABLES = [
     EmbeddingBagConfig("t4", 12, 1, ["f0"], pooling="mean"),
 ]
 FEATURES = ["f2", "f1", "f4", "f3", "f0"]
+
+# The same, the gradients of some divided by how often a row occurs.
+SCALED = [dataclasses.replace(table, scale_grad_by_freq=table.name != "t3") for table in TABLES]
 ROWS = dict(zip(FEATURES, [10, 7, 7, 5, 12], strict=True))
 
 
@@ -43,9 +47,11 @@ def expected(collection: EmbeddingBagCollection, jagged: KeyedJaggedTensor) -> T
     columns = []
     for table in collection.embedding_bag_configs():
         weight = collection.get_parameter(f"embedding_bags.{table.name}.weight")
-        for feature in table.feature_names:
-            part = jagged[feature]
-            rows = torch.nn.functional.embedding(part.values(), weight)  # (L, D)
+        parts = [jagged[feature] for feature in table.feature_names]
+        ids = [part.values() for part in parts]
+        # All features at once, for occurrences are counted in all of them together.
+        every = torch.nn.functional.embedding(torch.cat(ids), weight, scale_grad_by_freq=table.scale_grad_by_freq)
+        for part, rows in zip(parts, every.split([len(of_part) for of_part in ids]), strict=True):  # (L, D)
             if part.weights_or_none() is not None:
                 rows = rows * part.weights()[:, None]
             bags = torch.split(rows, part.lengths().tolist())
@@ -66,9 +72,10 @@ def assert_same(collection: EmbeddingBagCollection, jagged: KeyedJaggedTensor) -
     assert_close(got, torch.autograd.grad(expected(collection, jagged), weights, grad))
 
 
+@pytest.mark.parametrize("tables", [TABLES, SCALED], ids=["plain", "scaled by frequency"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_matches_torch(weighted: bool) -> None:
-    collection = EmbeddingBagCollection(TABLES, is_weighted=weighted)
+def test_matches_torch(weighted: bool, tables: list[EmbeddingBagConfig]) -> None:
+    collection = EmbeddingBagCollection(tables, is_weighted=weighted)
     assert_same(collection, features(weighted=weighted))
 
 
@@ -142,18 +149,23 @@ def test_gradient_of_weights_of_ids() -> None:
     assert all(not torch.equal(weight, before[name]) for name, weight in collection.state_dict().items())
 
 
-def test_fused_sgd_is_torchs_sgd() -> None:
-    fused = EmbeddingBagCollection(TABLES, optimizer=dlrm_rs.optim.SGD(lr=0.1))
-    plain = EmbeddingBagCollection(TABLES)
+@pytest.mark.parametrize("tables", [TABLES, SCALED], ids=["plain", "scaled by frequency"])
+@pytest.mark.parametrize("update", ["backward", "step"])
+def test_fused_sgd_is_torchs_sgd(update: Any, tables: list[EmbeddingBagConfig]) -> None:
+    fused = EmbeddingBagCollection(tables, optimizer=dlrm_rs.optim.SGD(lr=0.1, update=update))
+    assert fused.fused_optimizer is not None
+    plain = EmbeddingBagCollection(tables)
     plain.load_state_dict(fused.state_dict())
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     for step in [features() for _ in range(5)]:
+        fused.fused_optimizer.zero_grad()
         fused(step).values().square().sum().backward()
+        fused.fused_optimizer.step()
         optimizer.zero_grad()
         plain(step).values().square().sum().backward()
         optimizer.step()
     assert_close(fused.state_dict(), plain.state_dict())
-    assert all(weight.grad is None for weight in fused.parameters())
+    assert update == "step" or all(weight.grad is None for weight in fused.parameters())
 
 
 def test_state_dict_keys_and_start() -> None:

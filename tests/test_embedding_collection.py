@@ -1,5 +1,6 @@
 """`EmbeddingCollection` against one torch module per table."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ TABLES = [
     EmbeddingConfig("t3", 5, 17, ["f3", "f1"]),
 ]
 NAMES = ["f2", "f1@t2", "f4", "f3", "f1@t3"]
+
+# The same, the gradients of one divided by how often a row occurs.
+SCALED = [dataclasses.replace(table, scale_grad_by_freq=table.name == "t3") for table in TABLES]
 KEYS = ["f1", "f2", "f3", "f4", "unused"]
 
 
@@ -43,6 +47,19 @@ def test_matches_torch(dtype: torch.dtype) -> None:
     got = torch.autograd.grad(sum(part.values().square().sum() for part in out.values()), weights)
     wanted = torch.autograd.grad(sum(part.square().sum() for part in expected.values()), weights)  # type: ignore[arg-type]
     assert_close(got, wanted)
+
+
+def test_gradients_scaled_by_frequency() -> None:
+    collection, jagged = EmbeddingCollection(SCALED), features()
+    out = collection(jagged)
+    weights = list(collection.parameters())
+    got = torch.autograd.grad([part.values().square().sum() for part in out.values()], weights)
+    wanted: list[torch.Tensor] = []
+    for table, weight in zip(SCALED, weights, strict=True):
+        ids = torch.cat([jagged[feature].values() for feature in table.feature_names])
+        rows = nn.functional.embedding(ids, weight, scale_grad_by_freq=table.scale_grad_by_freq)
+        wanted += torch.autograd.grad(rows.square().sum(), weight)
+    assert_close(got, tuple(wanted))
 
 
 def test_ids_along() -> None:

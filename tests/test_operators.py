@@ -61,7 +61,7 @@ def test_lookup_is_a_well_made_operator(own: bool, poolings: tuple[str, ...], da
     tables = tables_of(*poolings, data_type=data_type)
     rows = tables.parts() if own else trained(tables.parts())
     with_argmax = "max" in poolings and data_type == "fp32"
-    arguments = (rows, tables.key, tables.layout, *bags_of(tables, weighted), with_argmax, False)
+    arguments = (rows, tables.key, tables.layout, *bags_of(tables, weighted), with_argmax, [False] * len(poolings))
     torch.library.opcheck(torch.ops.dlrm_rs.lookup, arguments)
 
 
@@ -70,7 +70,7 @@ def test_lookup_is_a_well_made_operator(own: bool, poolings: tuple[str, ...], da
 def test_fused_lookup_is_a_well_made_operator(poolings: tuple[str, ...], optimizer: Any) -> None:
     tables = tables_of(*poolings, optimizer=optimizer)
     rows, states = [part for parts in tables.memory.parts for part in parts], tables.memory.states
-    flags = ([True, False], "max" in poolings, False)
+    flags = ([True, False], "max" in poolings, [False, True])
     before = [part.clone() for part in rows]
     for kept in (lambda tensors: tensors, lambda tensors: [tensor.clone() for tensor in tensors]):
         arguments = (tables.weights()[0], kept(rows), kept(states), tables.key, tables.layout, *bags_of(tables), *flags)
@@ -87,7 +87,7 @@ def test_update_is_a_well_made_operator(optimizer: Any) -> None:
         [s.clone() for s in tables.memory.states],
     )
     grad = torch.randn(batch_size, tables.width)
-    bags = (indices, offsets, batch_size, None, None, grad, [True, False], False)
+    bags = (indices, offsets, batch_size, None, None, grad, [True, False], [True, False])
     torch.library.opcheck(torch.ops.dlrm_rs.update, (*tensors, tables.key, tables.layout, *bags))
 
 
@@ -97,7 +97,8 @@ def test_gradients_are_well_made_operators() -> None:
     about, bags = (tables.key, tables.layout), (indices, offsets, batch_size)
     grad = torch.randn(batch_size, tables.width)
     for trainable in ([True, True], [False, True], [False, False]):
-        torch.library.opcheck(torch.ops.dlrm_rs.dense_gradient, (*about, *bags, None, None, grad, trainable, False))
+        flags = (trainable, [False, True])
+        torch.library.opcheck(torch.ops.dlrm_rs.dense_gradient, (*about, *bags, None, None, grad, *flags))
     rows = [part.detach() for part in tables.parts()]
     torch.library.opcheck(torch.ops.dlrm_rs.per_sample_weights_gradient, (rows, *about, *bags, grad))
 
@@ -128,7 +129,7 @@ def test_gradients_are_numeric_ones(poolings: tuple[str, ...], weighted: bool) -
 
     def lookup(*leaves: Tensor) -> Tensor:
         weights = leaves[2] if weighted else None
-        given = (tables.key, tables.layout, indices, offsets, batch_size, weights, "max" in poolings, False)
+        given = (tables.key, tables.layout, indices, offsets, batch_size, weights, "max" in poolings, [False, False])
         out: Tensor = torch.ops.dlrm_rs.lookup(list(leaves[:2]), *given)[0]
         return out
 
@@ -157,9 +158,9 @@ def test_operators_and_modules_give_the_gradients_of_float64(mode: str, weighted
 
     def registered(weights: Tensor | None) -> Tensor:
         bags = (indices, offsets[:-1], 12, weights)
-        out: Tensor = torch.ops.dlrm_rs.lookup(tables.parts(), tables.key, tables.layout, *bags, mode == "max", False)[
-            0
-        ]
+        out: Tensor = torch.ops.dlrm_rs.lookup(
+            tables.parts(), tables.key, tables.layout, *bags, mode == "max", [False]
+        )[0]
         return out
 
     def gradients(lookup: Callable[[Any], Tensor], weight: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -181,7 +182,7 @@ def test_a_weight_that_was_replaced_is_adopted() -> None:
     ours.weight.data = rows
     tables = ours._tables
     bags = (torch.tensor([1, 3]), torch.tensor([0]), 1, None)
-    out, _ = torch.ops.dlrm_rs.lookup(tables.parts(), tables.key, tables.layout, *bags, False, False)
+    out, _ = torch.ops.dlrm_rs.lookup(tables.parts(), tables.key, tables.layout, *bags, False, [False])
     assert out.tolist() == [[8, 10]]
     assert ours.weight.data_ptr() == tables.memory.parts[0][0].data_ptr()
 
@@ -193,7 +194,7 @@ def test_rows_of_other_memory_are_used_where_they_are() -> None:
     bags = (torch.tensor([1, 3]), torch.tensor([0]), 1, None)
 
     def lookup(rows: Tensor) -> list[list[float]]:
-        out, _ = torch.ops.dlrm_rs.lookup([rows], tables.key, tables.layout, *bags, False, False)
+        out, _ = torch.ops.dlrm_rs.lookup([rows], tables.key, tables.layout, *bags, False, [False])
         return list(out.tolist())
 
     assert lookup(rows) == [[8, 10]]
@@ -214,7 +215,7 @@ def test_a_gradient_of_tables_that_are_gone_is_refused() -> None:
     rows, key, layout = ours.weight.detach().clone().requires_grad_(), ours._tables.key, ours._tables.layout
     bags = (torch.tensor([1, 3]), torch.tensor([0]), 1, None)
     del ours
-    out, _ = torch.ops.dlrm_rs.lookup([rows], key, layout, *bags, False, False)
+    out, _ = torch.ops.dlrm_rs.lookup([rows], key, layout, *bags, False, [False])
     assert torch.equal(out[0], (rows[1] + rows[3]).detach())
     with pytest.raises(RuntimeError, match=r"key: expected the module .* a saved program looks up, and is not trained"):
         out.sum().backward()
@@ -233,7 +234,7 @@ def test_an_update_of_tables_that_were_quantized_is_refused(keep_optimizer: bool
     bags = (torch.tensor([1, 3]), torch.tensor([0]), 1, None)
     rows = [part for parts in tables.memory.parts for part in parts]
     about = (tables.key, tables.layout)
-    out, _ = torch.ops.dlrm_rs.fused_lookup(ours.weight, rows, [], *about, *bags, [True], False, False)
+    out, _ = torch.ops.dlrm_rs.fused_lookup(ours.weight, rows, [], *about, *bags, [True], False, [False])
     dlrm_rs.quantize(ours, "int8", keep_optimizer=keep_optimizer)
     before = tables.memory.parts[0][0].clone()
     with pytest.raises(RuntimeError, match=words):
@@ -245,4 +246,4 @@ def test_a_bad_id_is_named_as_by_the_module() -> None:
     tables = dlrm_rs.EmbeddingBag(4, 2, mode="sum")._tables
     bags = (torch.tensor([1, 4]), torch.tensor([0]), 1, None)
     with pytest.raises(IndexError, match=r"indices\[1\]: .* rows of table 'embedding_bag', got 4"):
-        torch.ops.dlrm_rs.lookup(tables.parts(), tables.key, tables.layout, *bags, False, False)
+        torch.ops.dlrm_rs.lookup(tables.parts(), tables.key, tables.layout, *bags, False, [False])

@@ -195,3 +195,8 @@ def test_weights_of_ids_for_tables_on_the_device_are_refused() -> None:
     features = dlrm_rs.KeyedJaggedTensor(["d"], torch.tensor([1]), torch.tensor([0.5]), lengths=torch.tensor([1]))
     with pytest.raises(ValueError, match="place the tables of such features on the host"):
         placed(features)
+
+
+def test_gradients_by_frequency_are_refused_on_the_device() -> None:
+    with pytest.raises(ValueError, match=r"without scale_grad_by_freq, got it in table 'small'.* place it on the host"):
+        PlacedEmbeddingBags([dataclasses.replace(TABLES[2], scale_grad_by_freq=True)], ["small"], "cpu")

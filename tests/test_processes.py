@@ -224,7 +224,7 @@ def test_ctrl_c_ends_a_long_call_and_changes_nothing(call: str, dim: int, repeat
 
         def update(batch):
             call = (ids[:batch].view(-1).numpy(), None, batch, None, None, grad[:batch])
-            bags._tables.handle.update(*call, [True], False, 1.0, groups)
+            bags._tables.handle.update(*call, [True], [False], 1.0, groups)
 
         started = time.perf_counter()
         lookup(50)

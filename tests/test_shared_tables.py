@@ -186,7 +186,7 @@ dist.barrier()
 bags.scale_grad_by_freq = rank == 1
 def step():
     bags(torch.tensor([[1, 2]])).sum().backward()
-refused(r"update: .* got a scale_grad_by_freq of \\[0, 1\\] in the order", step)
+refused(r"update: .* got a set of scale_grad_by_freq of .* in the order", step)
 bags.scale_grad_by_freq = False
 assert bags.fused_optimizer.param_groups[0]["step"] == 1
 with torch.no_grad():
@@ -219,10 +219,10 @@ def test_compiled_models_update_shared_tables_where_they_are() -> None:
     tables, before = bags._tables, bags.weight.detach().clone()
     rows = [part for parts in tables.memory.parts for part in parts]
     arguments = (tables.key, tables.layout, torch.tensor([1, 3]), torch.tensor([0]), 1, None, None, torch.ones(1, 2))
-    torch.ops.dlrm_rs.update(rows, [], *arguments, [True], False)
+    torch.ops.dlrm_rs.update(rows, [], *arguments, [True], [False])
     assert torch.equal(bags.weight, before - torch.tensor([[0.0], [0.5], [0.0], [0.5]]))
     with pytest.raises(RuntimeError, match=r"update: cannot change copies of the rows, .* take Inductor"):
-        torch.ops.dlrm_rs.update([part.clone() for part in rows], [], *arguments, [True], False)
+        torch.ops.dlrm_rs.update([part.clone() for part in rows], [], *arguments, [True], [False])
 
 
 def test_memory_of_another_process_is_told_by_its_token() -> None:

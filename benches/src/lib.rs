@@ -96,7 +96,7 @@ impl Workload {
             output: &self.out,
             argmax: None,
             trainable: &trainable,
-            scale_by_frequency: false,
+            scale_by_frequency: &vec![false; tables],
             factor: 1.0,
         };
         self.set.update(&bags, &gradient, &vec![*optimizer; tables], ctx)

@@ -281,7 +281,7 @@ class TableSet:
         argmax: NDArray[np.int32] | None,
         grad: _F32,
         trainable: Sequence[bool],
-        scale_grad_by_freq: bool,
+        scale_grad_by_freq: Sequence[bool],
         factor: float,
         groups: Sequence[Mapping[str, Any]],
     ) -> None:
@@ -295,7 +295,8 @@ class TableSet:
             grad: gradient of `lookup`'s `out`, of the same shape.
             argmax: what `lookup` wrote; needed when a feature pools by max.
             trainable: `(T,)`; a table whose flag is false stays as it is.
-            scale_grad_by_freq: divide the gradient of a row by the number of its occurrences in the call.
+            scale_grad_by_freq: `(T,)`; whether the gradient of a row is divided by the number of its occurrences in the
+                call.
             factor: by what the gradient of a row is multiplied; 1 for nothing.
             groups: for each table its `torch.optim` parameter group, in which the optimizer's hyperparameters are read
                 by torch's names; `None` is no bound. `"step"` counts updates from 1; with `"seed"` and the place of an
@@ -311,7 +312,7 @@ class TableSet:
         argmax: NDArray[np.int32] | None,
         grad: _F32,
         trainable: Sequence[bool],
-        scale_grad_by_freq: bool,
+        scale_grad_by_freq: Sequence[bool],
     ) -> list[_F32 | None]:
         """The gradient of every table as an `(N, D)` array; `None` for a table that is not trainable."""
 
@@ -324,7 +325,7 @@ class TableSet:
         argmax: NDArray[np.int32] | None,
         grad: _F32,
         trainable: Sequence[bool],
-        scale_grad_by_freq: bool,
+        scale_grad_by_freq: Sequence[bool],
     ) -> list[tuple[NDArray[np.int64], _F32] | None]:
         """The gradient of every table as its touched rows, ascending and unique `(U,)`, and their sums `(U, D)`."""
 
@@ -364,6 +365,7 @@ class Prepared:
         batch_size: int,
         per_sample_weights: _F32 | None,
         trainable: Sequence[bool],
+        scale_grad_by_freq: Sequence[bool],
     ) -> Prepared:
         """Prepare a call: arguments as for `TableSet.update`."""
 

@@ -180,7 +180,7 @@ class EmbeddingBagCollection(NamedTables):
         return self._checked("features.values()", ids, "features.offsets()", offsets, weights)
 
     def _run(self, call: LookupCall) -> Tensor:
-        pooled = operators.lookup(self._tables, *call)
+        pooled = operators.lookup(self._tables, *call, scale_grad_by_freq=self._scale_grad_by_freq)
         return pooled if self._tables.output_device is CPU else to_device(pooled, self._tables.output_device)
 
     def _checked(

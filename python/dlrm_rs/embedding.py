@@ -127,7 +127,7 @@ class Embedding(OwnsTable, nn.Embedding):
             None,
             batch_size,
             sparse=self.sparse,
-            scale_grad_by_freq=self.scale_grad_by_freq,
+            scale_grad_by_freq=[self.scale_grad_by_freq],
         )  # (L, D)
         return rows.view(*input.shape, self.embedding_dim)
 

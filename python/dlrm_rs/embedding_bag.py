@@ -159,7 +159,7 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
             batch_size,
             weights,
             sparse=self.sparse,
-            scale_grad_by_freq=self.scale_grad_by_freq,
+            scale_grad_by_freq=[self.scale_grad_by_freq],
         )
 
     def _check_options(self) -> None:

@@ -96,7 +96,8 @@ class EmbeddingCollection(NamedTables):
         features = as_ours(self._in_order(features))
         ids = index_tensor("features.values()", features.values())  # (L,)
         # A feature's ids are one bag to the engine, as their order is all that counts.
-        rows = operators.lookup(self._tables, ids, features.id_bounds(), 1)  # (L, D)
+        scale = self._scale_grad_by_freq
+        rows = operators.lookup(self._tables, ids, features.id_bounds(), 1, scale_grad_by_freq=scale)  # (L, D)
         lengths = features.lengths().split(features.stride_per_key())
         values, *indices = features.cut(rows, ids) if self._need_indices else features.cut(rows)
         weights = indices[0] if indices else [None] * len(lengths)

@@ -59,6 +59,8 @@ class NamedTables(abc.ABC, OwnsTables):
         self._configs = list(tables)
         self._features = [feature for table in tables for feature in table.feature_names]
         self._embedding_names = [name for names in embedding_names(tables) for name in names]
+        # TorchRec's tables have none.
+        self._scale_grad_by_freq = [bool(getattr(table, "scale_grad_by_freq", False)) for table in tables]
         self._lengths: list[int] = [table.embedding_dim for table in tables for _ in table.feature_names]
 
     def _make_tables(self, poolings: Sequence[str], optimizer: OptimizerSpec | None, output_dtype: torch.dtype) -> None:

@@ -28,6 +28,8 @@ class EmbeddingConfig:
         data_type: How a row is stored: "fp32", "fp16", "bf16", "int8", "int4" or "int2", or a torch dtype.
         init_fn: Fills the weight in place; by default from U(-sqrt(1/N), sqrt(1/N)). Quantized rows are made of what it
             fills, a float32 tensor `(N, D)` that is there for that time.
+        scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences in the call, those of all
+            features of the table together, as `torch.nn.Embedding` does.
     """
 
     name: str
@@ -36,6 +38,7 @@ class EmbeddingConfig:
     feature_names: list[str]
     data_type: torch.dtype | str = "fp32"
     init_fn: Callable[[Tensor], Any] | None = None
+    scale_grad_by_freq: bool = False
 
 
 @dataclass
@@ -51,6 +54,8 @@ class EmbeddingBagConfig:
         data_type: How a row is stored: "fp32", "fp16", "bf16", "int8", "int4" or "int2", or a torch dtype.
         init_fn: Fills the weight in place; by default from U(-sqrt(1/N), sqrt(1/N)). Quantized rows are made of what it
             fills, a float32 tensor `(N, D)` that is there for that time.
+        scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences in the call, those of all
+            features of the table together, as `torch.nn.EmbeddingBag` does. Not with "max".
     """
 
     name: str
@@ -60,6 +65,7 @@ class EmbeddingBagConfig:
     pooling: str = "sum"
     data_type: torch.dtype | str = "fp32"
     init_fn: Callable[[Tensor], Any] | None = None
+    scale_grad_by_freq: bool = False
 
 
 def check_tables(tables: Sequence[EmbeddingConfig | EmbeddingBagConfig]) -> None:
@@ -81,6 +87,11 @@ def check_tables(tables: Sequence[EmbeddingConfig | EmbeddingBagConfig]) -> None
         if isinstance(names, str) or not names or len(set(names)) != len(names):
             raise ValueError(
                 f"feature_names of table {table.name!r}: expected one or more names that differ, got {names!r}"
+            )
+        if getattr(table, "scale_grad_by_freq", False) and getattr(table, "pooling", None) == "max":
+            raise ValueError(
+                f"pooling of table {table.name!r}: expected 'sum' or 'mean' with scale_grad_by_freq, got 'max', which "
+                "does not support it"
             )
 
 

@@ -11,6 +11,8 @@ One crossing to Rust per forward and one per backward, however many tables. Two 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def lookup(
     per_sample_weights: Tensor | None = None,
     *,
     sparse: bool = False,
-    scale_grad_by_freq: bool = False,
+    scale_grad_by_freq: Sequence[bool],
 ) -> Tensor:
     """Look up and pool every feature of a set of tables, differentiably.
 
@@ -42,7 +44,7 @@ def lookup(
         batch_size: `B`.
         per_sample_weights: `(L,)` float32, contiguous, on the CPU, or None.
         sparse: Give sparse (coalesced) gradients.
-        scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences in the call.
+        scale_grad_by_freq: `(T,)`: divide the gradient of a row by the number of its occurrences in the call.
 
     Returns:
         `(B, W)` of the tables' `output_dtype`; for features that do not pool `(L, D)`.

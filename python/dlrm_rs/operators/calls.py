@@ -34,7 +34,7 @@ __all__ = [
 Bags = tuple[Tensor, Tensor | None, int]
 
 # What `gradient_terms` gives.
-Terms = tuple[Any, Any, int, Any, Any, Any, Sequence[bool], bool]
+Terms = tuple[Any, Any, int, Any, Any, Any, Sequence[bool], Sequence[bool]]
 
 
 def lookup(
@@ -63,7 +63,7 @@ def gradient_terms(
     argmax: Tensor | None,
     grad: Tensor,
     trainable: Sequence[bool],
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> Terms:
     """The arguments of every gradient: of `update`, of dense and of sparse ones; `grad` is float32 and contiguous."""
     indices, offsets, batch_size = bags

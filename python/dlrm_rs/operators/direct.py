@@ -31,7 +31,7 @@ def lookup(
     batch_size: int,
     per_sample_weights: Tensor | None,
     sparse: bool,
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> Tensor:
     """As `operators.lookup`."""
     weights = tables.weights()
@@ -75,7 +75,7 @@ class _Call(NamedTuple):
     batch_size: int
     trainable: Sequence[bool]
     sparse: bool
-    scale_grad_by_freq: bool
+    scale_grad_by_freq: Sequence[bool]
     fused: bool
 
 

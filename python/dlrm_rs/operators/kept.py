@@ -40,7 +40,7 @@ class KeptCall(NamedTuple):
     argmax: Tensor | None
     grad: Tensor
     trainable: Sequence[bool]
-    scale_grad_by_freq: bool
+    scale_grad_by_freq: Sequence[bool]
     versions: list[int]
 
     def tensors(self) -> list[Tensor]:

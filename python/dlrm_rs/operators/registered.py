@@ -42,7 +42,7 @@ def lookup(
     batch_size: int,
     per_sample_weights: Tensor | None,
     sparse: bool,
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> Tensor:
     """As `operators.lookup`, to be traced."""
     rows = tables.parts()
@@ -132,7 +132,7 @@ def _lookup(
     batch_size: int,
     per_sample_weights: Tensor | None,
     with_argmax: bool,
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     described = Layout.parse(layout)
     # Zeros, since the engine leaves the columns of features alone that are pooled otherwise.
@@ -152,7 +152,7 @@ def _fake_lookup(
     batch_size: int,
     per_sample_weights: Tensor | None,
     with_argmax: bool,
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     described = Layout.parse(layout)
     outputs = batch_size if described.pooled else indices.numel()
@@ -188,7 +188,8 @@ def _backward_of_lookup(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, 
 
 _register(
     "lookup",
-    f"(Tensor[] rows, Tensor key, str layout, {_BAGS}, bool with_argmax, bool scale_grad_by_freq) -> (Tensor, Tensor)",
+    f"(Tensor[] rows, Tensor key, str layout, {_BAGS}, bool with_argmax, bool[] scale_grad_by_freq) "
+    "-> (Tensor, Tensor)",
     _lookup,
     _fake_lookup,
 )
@@ -210,7 +211,7 @@ def _fused_lookup(
     per_sample_weights: Tensor | None,
     trainable: Sequence[bool],
     with_argmax: bool,
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     bags = (indices, offsets, batch_size, per_sample_weights)
     return _lookup(rows, key, layout, *bags, with_argmax, scale_grad_by_freq)
@@ -228,7 +229,7 @@ def _fake_fused_lookup(
     per_sample_weights: Tensor | None,
     trainable: Sequence[bool],
     with_argmax: bool,
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     bags = (indices, offsets, batch_size, per_sample_weights)
     return _fake_lookup(rows, key, layout, *bags, with_argmax, scale_grad_by_freq)
@@ -257,7 +258,7 @@ def _backward_of_fused_lookup(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple
 _register(
     "fused_lookup",
     "(Tensor tie, Tensor[] rows, Tensor[] states, Tensor key, str layout, "
-    f"{_BAGS}, bool[] trainable, bool with_argmax, bool scale_grad_by_freq) -> (Tensor, Tensor)",
+    f"{_BAGS}, bool[] trainable, bool with_argmax, bool[] scale_grad_by_freq) -> (Tensor, Tensor)",
     _fused_lookup,
     _fake_fused_lookup,
 )
@@ -277,7 +278,7 @@ def _dense_gradient(
     argmax: Tensor | None,
     grad: Tensor,
     trainable: Sequence[bool],
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> list[Tensor]:
     tables = tables_of(key)
     calls.check_unshared(tables)
@@ -298,7 +299,7 @@ def _fake_dense_gradient(
     argmax: Tensor | None,
     grad: Tensor,
     trainable: Sequence[bool],
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> list[Tensor]:
     return [
         grad.new_empty(table.num_embeddings, table.embedding_dim, dtype=TORCH_DTYPES[table.row_format])
@@ -333,7 +334,7 @@ def _fake_per_sample_weights_gradient(
     return grad.new_empty(indices.numel(), dtype=torch.float32)
 
 
-_GRADIENT = f"{_BAGS}, Tensor? argmax, Tensor grad, bool[] trainable, bool scale_grad_by_freq"
+_GRADIENT = f"{_BAGS}, Tensor? argmax, Tensor grad, bool[] trainable, bool[] scale_grad_by_freq"
 _register("dense_gradient", f"(Tensor key, str layout, {_GRADIENT}) -> Tensor[]", _dense_gradient, _fake_dense_gradient)
 _register(
     "per_sample_weights_gradient",
@@ -359,7 +360,7 @@ def _update(
     argmax: Tensor | None,
     grad: Tensor,
     trainable: Sequence[bool],
-    scale_grad_by_freq: bool,
+    scale_grad_by_freq: Sequence[bool],
 ) -> None:
     tables = tables_of(key)
     calls.check_fused(tables)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Sharing"]
 
 # What every process tells of its call at first. The same in all must be these,
-_ALIKE = ("set of tables", "step", "set of trainable weights", "scale_grad_by_freq", "kind of batch")
+_ALIKE = ("set of tables", "step", "set of trainable weights", "set of scale_grad_by_freq", "kind of batch")
 
 # and by their own sizes and dtypes come ids, offsets, weights of ids, argmax and gradient.
 _DTYPES = (torch.int32, torch.int64, torch.float32)
@@ -69,7 +69,7 @@ class Sharing:
         arrays = (indices, offsets, weights, argmax, grad)
         mine = [None if array is None else torch.from_numpy(array) for array in arrays]
         kind = sum(1 << place for place, tensor in enumerate(mine[2:4]) if tensor is not None)
-        alike = (self._number, groups[0]["step"], zlib.crc32(bytes(trainable)), int(scale), kind)
+        alike = (self._number, groups[0]["step"], zlib.crc32(bytes(trainable)), zlib.crc32(bytes(scale)), kind)
         told = self._tell(alike, batch_size, mine)
         if self._rank:
             self._hand_over(mine)
@@ -138,7 +138,7 @@ class Sharing:
 
 
 def _call(
-    tables: EmbeddingTables, batch_size: int, tensors: Sequence[Any], trainable: Sequence[bool], scale: bool
+    tables: EmbeddingTables, batch_size: int, tensors: Sequence[Any], trainable: Sequence[bool], scale: Sequence[bool]
 ) -> KeptCall:
     indices, offsets, weights, argmax, grad = tensors
     argmax = None if argmax is None else argmax.view(-1, tables.width)

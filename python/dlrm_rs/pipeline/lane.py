@@ -116,7 +116,9 @@ class Visit:
         self._weights = self._tables.weights()
         self._trainable = [weight.requires_grad for weight in self._weights]
         self._memory = self._tables.memory
-        self._prepared = Prepared(self._memory.handle, *self._arrays, self._trainable)
+        self._prepared = Prepared(
+            self._memory.handle, *self._arrays, self._trainable, self.lane.collection._scale_grad_by_freq
+        )
         self._out = self._tables.output_device.outputs.take(
             (self._call.batch_size, self._tables.width), self._tables.output_dtype
         )

@@ -127,6 +127,11 @@ def _bags(table: EmbeddingBagConfig, device: torch.device | str) -> nn.Embedding
             f"on_device: expected tables of rows that torch has a dtype for, got {stored} in table {table.name!r}; "
             "place it on the host"
         )
+    if table.scale_grad_by_freq:
+        raise ValueError(
+            f"on_device: expected tables without scale_grad_by_freq, got it in table {table.name!r}, whose features "
+            "torch would count one by one; place it on the host"
+        )
     rows = torch.empty(table.num_embeddings, table.embedding_dim, device="cpu")
     with torch.no_grad():
         fill(table, rows, 0)

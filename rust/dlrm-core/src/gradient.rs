@@ -32,8 +32,8 @@ pub struct Gradient<'a> {
     pub argmax: Option<&'a [i32]>,
     /// One flag for each table: whether it gets a gradient.
     pub trainable: &'a [bool],
-    /// Whether the gradient of a row is divided by its occurrences in the call.
-    pub scale_by_frequency: bool,
+    /// One flag for each table: whether the gradient of a row is divided by its occurrences in the call.
+    pub scale_by_frequency: &'a [bool],
     /// By what the gradient of a row is multiplied, as when the loss was scaled; 1 for nothing.
     pub factor: f32,
 }
@@ -51,7 +51,7 @@ pub struct SparseRows {
 pub(crate) struct Backward<'a> {
     pub(crate) occurrences: &'a Occurrences,
     pub(crate) sources: Sources<'a>,
-    pub(crate) by_frequency: bool,
+    pub(crate) by_frequency: &'a [bool],
     pub(crate) factor: f32,
 }
 
@@ -66,7 +66,7 @@ impl Backward<'_> {
         apply: impl Fn(usize, Touched, Level) + Sync,
     ) -> Result<()> {
         let Self { occurrences, sources, by_frequency, factor } = self;
-        self::apply(occurrences, sources, *by_frequency, *factor, targets, ctx, apply)
+        self::apply(occurrences, sources, by_frequency, *factor, targets, ctx, apply)
     }
 }
 
@@ -76,7 +76,7 @@ impl Backward<'_> {
 pub(crate) fn apply(
     occurrences: &Occurrences,
     sources: &Sources,
-    by_frequency: bool,
+    by_frequency: &[bool],
     factor: f32,
     targets: &[Option<Target>],
     ctx: &Context,
@@ -96,7 +96,8 @@ pub(crate) fn apply(
     pieces::for_each(&ctx.uninterrupted(), &sizes, |t, units| {
         let target = targets[t].as_ref().expect("others have no units");
         let run = occurrences.of(t).rows_in(units);
-        apply(t, Touched { run, sources, target, by_frequency, factor, hot: hot.of(t) }, level);
+        let (by_frequency, hot) = (by_frequency[t], hot.of(t));
+        apply(t, Touched { run, sources, target, by_frequency, factor, hot }, level);
     })
 }
 

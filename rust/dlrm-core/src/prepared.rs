@@ -58,6 +58,11 @@ impl Prepared {
         if gradient.trainable != self.trainable {
             return Err(Error::argument("trainable", "the flags that the call was prepared with", "others"));
         }
+        let (flags, tables) = (gradient.scale_by_frequency.len(), self.trainable.len());
+        if flags != tables {
+            let expected = format!("one flag for each of {tables} tables");
+            return Err(Error::argument("scale_grad_by_freq", expected, flags));
+        }
         let check = |name, len| {
             if len == self.output_len {
                 return Ok(());

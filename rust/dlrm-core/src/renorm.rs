@@ -59,7 +59,8 @@ impl TableSet {
             tables.iter().try_for_each(|table| table.check_fp32("max_norm"))?;
             let targets: Vec<_> =
                 tables.iter_mut().map(|table| Some(table.target(Random::new(0, 0, 0)))).collect();
-            gradient::apply(&occurrences, &sources, false, 1.0, &targets, ctx, |_, touched, level| {
+            let by_frequency = vec![false; targets.len()];
+            gradient::apply(&occurrences, &sources, &by_frequency, 1.0, &targets, ctx, |_, touched, level| {
                 touched.apply(&rule, level);
             })
         })?

@@ -36,6 +36,7 @@ fn train(case: &Case, kind: Kind, parted: bool, ctx: &Context) -> Trained {
     let optimizer = optimizers(kind, 1, case.tables.len());
     let len = set.output_len(&calls[0]);
     let trainable: Vec<_> = (0..case.tables.len()).map(|t| t != 1).collect();
+    let by_frequency: Vec<_> = (0..case.tables.len()).map(|t| t % 2 == 1).collect();
     let mut argmax = [vec![-7; len], vec![-7; len]];
     let mut out = vec![f32::NAN; len];
     let grads = [2, 3].map(|seed| (0..len).map(|i| noise(seed, i)).collect::<Vec<_>>());
@@ -46,7 +47,7 @@ fn train(case: &Case, kind: Kind, parted: bool, ctx: &Context) -> Trained {
         output,
         argmax: Some(argmax),
         trainable: &trainable,
-        scale_by_frequency: false,
+        scale_by_frequency: &by_frequency,
         factor: 1.0,
     };
     if parted {
@@ -177,7 +178,7 @@ fn what_does_not_fit_is_refused() {
         output: &output,
         argmax: None,
         trainable: &[true, true, false],
-        scale_by_frequency: false,
+        scale_by_frequency: &[false; 3],
         factor: 1.0,
     };
     let refused = set.update_prepared(&prepared, None, &gradient, &optimizer, ctx).unwrap_err();

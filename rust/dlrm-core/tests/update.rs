@@ -18,6 +18,8 @@ struct FromModel {
     output: Vec<f32>,
     argmax: Vec<i32>,
     trainable: Vec<bool>,
+    /// By no table's occurrences, and by those of every other table.
+    by_frequency: [Vec<bool>; 2],
 }
 
 fn from_model(case: &Case, set: &TableSet, arrays: &Arrays) -> FromModel {
@@ -26,16 +28,18 @@ fn from_model(case: &Case, set: &TableSet, arrays: &Arrays) -> FromModel {
     let mut argmax = vec![-7; len];
     set.lookup(&bags, Output::Fp32(&mut vec![0.0; len]), Some(&mut argmax), &Context::default()).unwrap();
     let output = (0..len).map(|i| noise(case.seed ^ 3, i)).collect();
-    FromModel { output, argmax, trainable: vec![true; case.tables.len()] }
+    let tables = case.tables.len();
+    let by_frequency = [false, true].map(|some| (0..tables).map(|t| some && t % 2 == 0).collect());
+    FromModel { output, argmax, trainable: vec![true; tables], by_frequency }
 }
 
 impl FromModel {
-    fn gradient(&self, scale_by_frequency: bool) -> Gradient<'_> {
+    fn gradient(&self, by_frequency: bool) -> Gradient<'_> {
         Gradient {
             output: &self.output,
             argmax: Some(&self.argmax),
             trainable: &self.trainable,
-            scale_by_frequency,
+            scale_by_frequency: &self.by_frequency[usize::from(by_frequency)],
             factor: 1.0,
         }
     }
@@ -66,8 +70,8 @@ fn expected_gradient(case: &Case, arrays: &Arrays, from: &FromModel, by_frequenc
         }
         at += dim;
     }
-    if by_frequency {
-        for (rows, counts) in tables.iter_mut().zip(counts) {
+    for (t, (rows, counts)) in tables.iter_mut().zip(counts).enumerate() {
+        if from.by_frequency[usize::from(by_frequency)][t] {
             for (row, sum) in rows {
                 for x in sum {
                     *x /= counts[row];
@@ -266,7 +270,7 @@ fn bytes_after_fifty_steps(kind: Kind, split: bool, ctx: &Context) -> Vec<Vec<u8
             output: &output,
             argmax: None,
             trainable: &[true; 4],
-            scale_by_frequency: false,
+            scale_by_frequency: &[false; 4],
             factor: 1.0,
         };
         let bags = Bags::new(Ids::I64(&ids), Offsets::Even, 4, BATCH, None).unwrap();
@@ -496,6 +500,9 @@ fn a_refused_update_changes_nothing() {
 
     let short = Gradient { output: &from.output[1..], ..from.gradient(false) };
     assert!(set.update(&case.call(&arrays), &short, &optimizer, &ctx).is_err());
+    let flags = Gradient { scale_by_frequency: &[false; 2], ..from.gradient(false) };
+    let refused = set.update(&case.call(&arrays), &flags, &optimizer, &ctx).unwrap_err().to_string();
+    assert_eq!(refused, "scale_grad_by_freq: expected one flag for each of 3 tables, got 2");
     let other = optimizers(Kind::Sgd, 1, 3);
     assert!(set.update(&case.call(&arrays), &from.gradient(false), &other, &ctx).is_err());
     let ended = Context { poll: &|| true, ..ctx };

@@ -18,6 +18,7 @@ type Any<'a, 'py> = &'a Bound<'py, PyAny>;
 pub(crate) struct Prepared {
     set: Py<TableSet>,
     trainable: Vec<bool>,
+    scale_grad_by_freq: Vec<bool>,
     call: dlrm_core::Prepared,
 }
 
@@ -32,12 +33,13 @@ impl Prepared {
         batch_size: usize,
         per_sample_weights: Option<Any<'_, '_>>,
         trainable: Vec<bool>,
+        scale_grad_by_freq: Vec<bool>,
     ) -> PyResult<Self> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
         let slices = arrays.slices()?;
         let set = &tables.get().0;
         let prepared = call(py, |ctx| set.prepare(&slices.bags(set, batch_size)?, &trainable, ctx))?;
-        Ok(Self { set: tables, trainable, call: prepared })
+        Ok(Self { set: tables, trainable, scale_grad_by_freq, call: prepared })
     }
 
     fn overlap(
@@ -69,7 +71,8 @@ impl Prepared {
         part: Option<&str>,
     ) -> PyResult<()> {
         let set = &self.set.get().0;
-        let gradient = GradientArrays::new(argmax, grad, self.trainable.clone(), false)?;
+        let (trainable, scale) = (self.trainable.clone(), self.scale_grad_by_freq.clone());
+        let gradient = GradientArrays::new(argmax, grad, trainable, scale)?;
         let gradient = Gradient { factor, ..gradient.gradient()? };
         let optimizers = fused_optimizers(set, &groups)?;
         let part = part.map(str::parse::<Part>).transpose().map_err(BindingError)?;

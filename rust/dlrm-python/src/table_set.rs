@@ -257,7 +257,7 @@ impl TableSet {
         argmax: Option<Any<'_, '_>>,
         grad: Any<'_, '_>,
         trainable: Vec<bool>,
-        scale_grad_by_freq: bool,
+        scale_grad_by_freq: Vec<bool>,
         factor: f32,
         groups: Vec<Bound<'_, PyMapping>>,
     ) -> PyResult<()> {
@@ -279,7 +279,7 @@ impl TableSet {
         argmax: Option<Any<'_, '_>>,
         grad: Any<'_, '_>,
         trainable: Vec<bool>,
-        scale_grad_by_freq: bool,
+        scale_grad_by_freq: Vec<bool>,
     ) -> PyResult<Vec<Option<Bound<'py, PyAny>>>> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
         let slices = arrays.slices()?;
@@ -313,7 +313,7 @@ impl TableSet {
         argmax: Option<Any<'_, '_>>,
         grad: Any<'_, '_>,
         trainable: Vec<bool>,
-        scale_grad_by_freq: bool,
+        scale_grad_by_freq: Vec<bool>,
     ) -> PyResult<Vec<Option<Sparse<'py>>>> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
         let slices = arrays.slices()?;
@@ -396,7 +396,7 @@ pub(crate) struct GradientArrays<'py> {
     argmax: Option<PyReadonlyArrayDyn<'py, i32>>,
     grad: PyReadonlyArrayDyn<'py, f32>,
     trainable: Vec<bool>,
-    scale_by_frequency: bool,
+    scale_by_frequency: Vec<bool>,
 }
 
 impl<'py> GradientArrays<'py> {
@@ -404,7 +404,7 @@ impl<'py> GradientArrays<'py> {
         argmax: Option<Any<'_, 'py>>,
         grad: Any<'_, 'py>,
         trainable: Vec<bool>,
-        scale_by_frequency: bool,
+        scale_by_frequency: Vec<bool>,
     ) -> PyResult<Self> {
         let argmax = argmax.map(|a| input("argmax", a)).transpose()?;
         Ok(Self { argmax, grad: input("grad", grad)?, trainable, scale_by_frequency })
@@ -415,7 +415,7 @@ impl<'py> GradientArrays<'py> {
             output: self.grad.as_slice()?,
             argmax: self.argmax.as_ref().map(|a| a.as_slice()).transpose()?,
             trainable: &self.trainable,
-            scale_by_frequency: self.scale_by_frequency,
+            scale_by_frequency: &self.scale_by_frequency,
             factor: 1.0,
         })
     }
