@@ -1,4 +1,4 @@
-//! Backward and update on all threads: the shapes and optimizers of the comparison.
+//! Backward and update on all threads: the shapes and optimizers of the comparison, and its first shape in every row format.
 
 use std::fmt;
 
@@ -25,13 +25,21 @@ struct Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.name, self.kind)
+        let Self { name, sizes, kind } = self;
+        write!(f, "{name} {} {kind}", sizes.format)
     }
 }
 
 fn cases() -> impl Iterator<Item = Case> {
     let shapes = [("SINGLE", SINGLE), ("MULTI", MULTI)];
-    shapes.into_iter().flat_map(|(name, sizes)| Kind::ALL.iter().map(move |&kind| Case { name, sizes, kind }))
+    let fp32 = shapes
+        .into_iter()
+        .flat_map(|(name, sizes)| Kind::ALL.iter().map(move |&kind| Case { name, sizes, kind }));
+    let others = RowFormat::ALL.into_iter().filter(|&format| format != RowFormat::Fp32);
+    fp32.chain(others.flat_map(|format| {
+        let sizes = Sizes { format, ..SINGLE };
+        [Kind::Sgd, Kind::RowWiseAdagrad].map(|kind| Case { name: "SINGLE", sizes, kind })
+    }))
 }
 
 #[divan::bench(args = cases(), max_time = 2)]

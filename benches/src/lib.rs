@@ -69,7 +69,9 @@ impl Workload {
             (0..sizes.ids()).map(|i| (scramble(k * sizes.ids() + i) % sizes.rows as u64) as i64).collect()
         };
         let batches = (0..BATCHES).map(batch).collect();
-        let out = vec![1e-3; sizes.batch * sizes.tables * sizes.dim];
+        // Elements that differ, as rows of codes are fitted to them when they are updated.
+        let outputs = sizes.batch * sizes.tables * sizes.dim;
+        let out = (0..outputs).map(|i| (scramble(i) % 2048) as f32 * 1e-6).collect();
         Self { sizes, set, batches, next: 0, out }
     }
 
