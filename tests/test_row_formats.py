@@ -238,6 +238,103 @@ def test_a_state_dict_that_does_not_fit_is_refused_in_words(change: dict[str, An
     assert all(torch.equal(tensor, before[key]) for key, tensor in bags.state_dict().items())
 
 
+# What is put in the place of a buffer of quantized rows, which then holds codes of nothing but zeros.
+REPLACEMENTS: dict[str, Callable[[nn.Module, str, Tensor], Any]] = {
+    "attribute": setattr,
+    "data": lambda module, name, part: setattr(getattr(module, name), "data", part),
+    "copy": lambda module, name, part: getattr(module, name).copy_(part),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
+@pytest.mark.parametrize("optimizer", [None, dlrm_rs.optim.Adagrad(lr=0.1)])
+def test_a_replaced_buffer_is_copied_in(replace: Callable[[nn.Module, str, Tensor], Any], optimizer: Any) -> None:
+    tables = [dlrm_rs.EmbeddingBagConfig(name, 6, 5, [name], data_type="int4") for name in ("a", "b")]
+    collection = dlrm_rs.EmbeddingBagCollection(tables, optimizer=optimizer)
+    holder = collection.embedding_bags["b"]
+    ids, offsets = torch.arange(6).repeat(2), torch.arange(13)
+    before = collection.lookup(ids, offsets).detach()
+    scales = holder.get_buffer("weight_scales").clone()
+    for name, part in (("weight_codes", torch.zeros(6, 3, dtype=torch.uint8)), ("weight_scales", scales * 2)):
+        replace(holder, name, part)
+        after = collection.lookup(ids, offsets).detach()
+        factor = 2 if name == "weight_scales" else 1
+        assert torch.equal(after[:, 5:], factor * scales[:, 1:].float().expand(6, 5))  # nothing but the bias
+        assert torch.equal(after[:, :5], before[:, :5])
+        assert torch.equal(collection.state_dict()[f"embedding_bags.b.{name}"], part)
+        assert holder.get_buffer(name).data_ptr() != part.data_ptr()
+    assert torch.equal(copy.deepcopy(collection).lookup(ids, offsets), after)
+    if optimizer:
+        collection.lookup(ids, offsets).sum().backward()
+        assert (collection.lookup(ids, offsets) < after).all()
+        assert torch.equal(holder.get_buffer("weight_codes"), collection.state_dict()["embedding_bags.b.weight_codes"])
+
+
+def test_a_buffer_in_the_hands_of_a_user_can_be_replaced_more_than_once() -> None:
+    bags = dlrm_rs.EmbeddingBag(6, 4, dtype="int4", _weight=torch.rand(6, 4))
+    dlrm_rs.quantize(bags, "int4", method="codebook")
+    codes, codebook = bags.weight_codes, bags.weight_codebook
+    rows = [torch.full((6, 2), 17 * code, dtype=torch.uint8) for code in (0, 15, 3)]
+    ids = torch.arange(6).view(-1, 1)
+    scale, bias = bags.weight_scales.float().split(1, dim=1)
+    for part, code in zip(rows, (0, 15, 3), strict=True):
+        codes.data = part
+        assert torch.equal(bags(ids), (scale * codebook[code] + bias).expand(6, 4))
+    codes.zero_()  # over the engine's memory again
+    assert torch.equal(bags(ids), (scale * codebook[0] + bias).expand(6, 4))
+    codebook.data = torch.arange(16.0).square() / 15
+    codes.fill_(17)
+    assert torch.allclose(bags(ids), (scale / 15 + bias).expand(6, 4))
+    twin = dlrm_rs.EmbeddingBag(6, 4, dtype="int4")
+    twin.weight_codes = rows[1]
+    twin(ids)
+    rows[1].zero_()
+    assert (twin.weight_codes == 255).all()  # a copy
+
+
+BAD_BUFFERS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "shape": (lambda m: setattr(m, "weight_codes", torch.zeros(6, 4, dtype=torch.uint8)), ValueError, "got 24"),
+    "data": (
+        lambda m: setattr(m.weight_codes, "data", m.weight_codes.data[:5]),
+        ValueError,
+        "expected 6 x 5|scales of",
+    ),
+    "dtype": (lambda m: setattr(m, "weight_codes", torch.zeros(6, 3)), TypeError, "codes: expected an array of u8"),
+    "nan": (lambda m: setattr(m, "weight_scales", torch.full((6, 2), torch.nan)), ValueError, "row 0 of table"),
+    "none": (lambda m: setattr(m, "weight_codes", None), RuntimeError, "weight_codes: expected the buffer of a quant"),
+    "gone": (lambda m: delattr(m, "weight_scales"), RuntimeError, "weight_scales: expected the buffer of a quant"),
+    "meta": (
+        lambda m: setattr(m, "weight_codes", torch.zeros(6, 3, dtype=torch.uint8, device="meta")),
+        ValueError,
+        "weight_codes: expected a tensor on the CPU, got device meta",
+    ),
+}
+
+
+@pytest.mark.parametrize(("replace", "error", "words"), BAD_BUFFERS.values(), ids=BAD_BUFFERS)
+def test_a_buffer_that_cannot_be_is_refused(replace: Callable[[Any], Any], error: type[Exception], words: str) -> None:
+    bags = dlrm_rs.EmbeddingBag(6, 5, mode="sum", dtype="int4")
+    state, before = bags.state_dict(), bags(torch.arange(6).view(2, 3))
+    replace(bags)
+    for use in (lambda: bags(torch.tensor([[1]])), lambda: bags.to_packed(), lambda: bags.state_dict()):
+        with pytest.raises(error, match=words):
+            use()
+    bags.load_state_dict(state)
+    assert torch.equal(bags(torch.arange(6).view(2, 3)), before)
+
+
+def test_buffers_that_nobody_has_asked_for_are_not_looked_at() -> None:
+    bags = dlrm_rs.EmbeddingBag(6, 5, dtype="int8")
+    nn.Sequential(bags).cpu().load_state_dict(nn.Sequential(copy.deepcopy(bags)).state_dict())
+    bags(torch.tensor([[1]]))
+    assert not bags._tables.buffers.in_hands
+    assert bags.weight_codes.shape == (6, 5)
+    assert bags._tables.buffers.in_hands == {0}
+    dlrm_rs.dequantize(bags)
+    bags.weight_codes = 1  # a name as any other, now
+    assert not bags._tables.buffers.in_hands
+
+
 def test_keys_that_mean_nothing_are_unexpected() -> None:
     bags = dlrm_rs.EmbeddingBag(6, 5, dtype="int4")
     state = {**quantized_state(), "weight_other": torch.zeros(1)}

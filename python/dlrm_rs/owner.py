@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dlrm_rs._dlrm_rs import TableRows
 from dlrm_rs.arguments import check_padding_idx
+from dlrm_rs.buffers import PARTS
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
 from dlrm_rs.row_formats import QUANTIZED
 from dlrm_rs.tables import STAND_IN, EmbeddingTables, FeatureSpec, TableSpec
@@ -77,6 +78,10 @@ class HoldsWeight(nn.Module):
     for some `weight_codebook`; a state_dict has `weight_format` as well, `(3,)` int64: the version of this layout, the
     bits of a code, and `D`. Where a fused optimizer trains them, an empty Parameter `weight_stand_in` tells by its
     `requires_grad` whether it does; no state_dict has it.
+
+    A tensor put in the place of such a buffer (`module.weight_codes = x`, `module.weight_codes.data = x`), of the same
+    shape and dtype, is copied into the engine before the next lookup, as one in the place of a `weight` is. What does not
+    ask the module for its buffer, as `torch.func.functional_call`, is noticed in compiled models alone.
     """
 
     _tables: EmbeddingTables
@@ -85,6 +90,8 @@ class HoldsWeight(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What is found nowhere else: of a quantized table's weight, why."""
+        if name in PARTS:
+            self._in_hands()
         if name == "weight" and "_tables" in self.__dict__ and name not in self._parameters:
             row_format = self._tables.row_formats[self._table]
             raise AttributeError(
@@ -92,6 +99,23 @@ class HoldsWeight(nn.Module):
                 "up, or dlrm_rs.dequantize the module"
             )
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in PARTS and name in self._buffers and type(value) is Tensor:
+            value = value.detach()  # the tensor that is given stays where it is
+        super().__setattr__(name, value)
+        if name in PARTS:
+            self._in_hands()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name in PARTS:
+            self._in_hands()
+
+    def _in_hands(self) -> None:
+        """From now on look whether the buffers of quantized rows are still over the engine's memory."""
+        if "_tables" in self.__dict__ and self._tables.row_formats[self._table] in QUANTIZED:
+            self._tables.buffers.in_hands.add(self._table)
 
     def to_packed(self, layout: str = "fused", row_alignment: int = 1) -> Tensor:
         """Quantized rows as torch and FBGEMM store them, byte for byte.
@@ -119,6 +143,7 @@ class HoldsWeight(nn.Module):
             >>> again(torch.tensor([[1]]))
             tensor([[ 2.,  2.,  8., 32.]])
         """
+        self._tables.weights()  # what the user has put into a buffer is to be in the engine
         return torch.from_numpy(self._tables.handle.pack(self._table, layout, row_alignment))
 
     def load_packed(self, packed: Tensor, layout: str = "fused") -> Self:

@@ -5,8 +5,8 @@ Parameter over it. torch lets anyone put other memory behind a Parameter, or ano
 (`m.weight.data = x`, `m.weight = nn.Parameter(x)`, `load_state_dict(assign=True)`, `deepcopy`, `pickle`). So every
 forward compares where the weights are, and memory that is not the engine's is adopted: its content is copied into the
 engine's, and the Parameter pointed back at that. A table of quantized rows has no Parameter, since torch has no dtype
-for them, but buffers: codes, scales and, where there is one, the codebook; where a fused optimizer trains them, a
-Parameter without elements stands in for the weight. Does not know autograd, bags, or features beyond passing them to
+for them, but `buffers`; where a fused optimizer trains them, a Parameter without elements stands in for the weight.
+Does not know autograd, bags, or features beyond passing them to
 the engine.
 """
 
@@ -27,6 +27,7 @@ from torch.autograd.graph import increment_version
 
 from dlrm_rs._dlrm_rs import TableRows, TableSet
 from dlrm_rs.arguments import check_size, check_table_weight
+from dlrm_rs.buffers import Buffers, packed_rows
 from dlrm_rs.devices import CPU, Device
 from dlrm_rs.layout import FeatureSpec, Layout, TableSpec
 from dlrm_rs.memory import NO_WEIGHT, Layouts, Memory, layouts_of, tensors
@@ -54,9 +55,6 @@ _OWNERS: weakref.WeakValueDictionary[int, EmbeddingTables] = weakref.WeakValueDi
 # tells whether the rows are trained, ties a lookup to its backward, and is what the optimizer has its state under.
 STAND_IN = "weight_stand_in"
 
-# What holds the rows of a quantized table in its owner, and in a state_dict.
-_PARTS = ("weight_codes", "weight_scales", "weight_codebook")
-
 # Every set of tables by its key.
 _TABLES: weakref.WeakValueDictionary[int, EmbeddingTables] = weakref.WeakValueDictionary()
 
@@ -83,6 +81,7 @@ class EmbeddingTables:
 
     Attributes:
         memory: The engine's tables and where they are.
+        buffers: The rows of quantized tables as their owners have them.
         key: `(1,)` int64, by which an operator finds these tables: of all tables of all processes these alone have it.
         layout: What an operator is told of the tables beside their tensors.
         algorithm: The engine's name of the fused optimizer, or None.
@@ -126,9 +125,7 @@ class EmbeddingTables:
         self.optimizer: FusedOptimizer | None = None
         # The dictionaries in which the owners keep `weight`: a tenth of the cost of asking the modules.
         self._parameters = [owner._parameters for owner in owners]
-        self._buffers = [owner._buffers for owner in owners]
-        for owner in owners:
-            owner._non_persistent_buffers_set.update(_PARTS)  # a state_dict gets them otherwise
+        self.buffers = Buffers(owners)
         present = [parameters.get("weight") for parameters in self._parameters]
         for table, weight in enumerate(present):
             if weight is not None:
@@ -169,11 +166,11 @@ class EmbeddingTables:
     def parts(self) -> list[Tensor]:
         """The rows of all tables as their owners have them: Parameters, and buffers where they are quantized."""
         found: list[Tensor] = []
-        for parameters, buffers, row_format in zip(self._parameters, self._buffers, self.row_formats, strict=True):
+        for table, (parameters, row_format) in enumerate(zip(self._parameters, self.row_formats, strict=True)):
             if row_format in QUANTIZED:
-                found += [buffers[name] for name in _PARTS if name in buffers]  # type: ignore[misc] # none is None
+                found += self.buffers.parts(table)
             else:
-                found.append(parameters["weight"])  # type: ignore[arg-type] # nor this
+                found.append(parameters["weight"])  # type: ignore[arg-type] # none is None
         return found
 
     @property
@@ -185,10 +182,13 @@ class EmbeddingTables:
         """The weight of every table, over the engine's memory; called before every use of the engine.
 
         Raises:
-            RuntimeError: A module has no `weight` any more.
-            TypeError: A weight was replaced by one of another dtype.
-            ValueError: A weight was replaced by one of another shape, on another device, or of another table.
+            RuntimeError: A module has no `weight` any more, or no buffer of quantized rows.
+            TypeError: A weight or buffer was replaced by one of another dtype.
+            ValueError: A weight was replaced by one of another shape, on another device, or of another table; a buffer
+                by what cannot be one of the row format.
         """
+        if self.buffers.in_hands:
+            self._take_in()
         weights, layouts = self._present()
         if layouts != self.memory.layouts:
             with _ADOPTING:
@@ -240,12 +240,8 @@ class EmbeddingTables:
         return memory
 
     def _show(self, table: int) -> None:
-        """Make the rows of a table, if quantized, buffers of its owner, where whoever traces a model finds them."""
-        buffers, quantized = self._buffers[table], self.row_formats[table] in QUANTIZED
-        for name in _PARTS:
-            buffers.pop(name, None)
-        if quantized:
-            buffers.update(zip(_PARTS, self.memory.parts[table], strict=False))
+        """Make the rows of a table, if quantized, buffers of its owner."""
+        self.buffers.show(table, self.memory.parts[table] if self.row_formats[table] in QUANTIZED else ())
 
     def _own(self, memory: Memory) -> None:
         specs = zip(self.tables, self.row_formats, strict=True)
@@ -305,6 +301,19 @@ class EmbeddingTables:
                 weights[table].data = view
         self.memory = memory
 
+    def _take_in(self) -> None:
+        """Have the engine use the quantized rows that a user has put in the place of its own."""
+        with _ADOPTING:
+            for table in sorted(self.buffers.in_hands):
+                given = self.buffers.displaced(table, self.memory.parts[table])
+                if given is not None:
+                    self.check_unshared("weight_codes: cannot be replaced; copy into it")
+                    row_format = self.row_formats[table]
+                    rows = packed_rows(self.tables[table], row_format, given)
+                    self._place(table, Displaced(rows, row_format, None))
+                    self.buffers.bring_home(table, given, self.memory.parts[table])
+                    self.buffers.in_hands.add(table)  # whoever has put them there has them still
+
     def _copy_of_quantized(self, handle: TableSet) -> TableSet:
         """A new handle, with those tables of `handle` that have no weight."""
         copy = self._new_handle()
@@ -349,7 +358,11 @@ class EmbeddingTables:
         self._put(table, displaced)
 
     def _put(self, table: int, new: Displaced) -> Displaced:
+        self._show(table)  # what the user has put in the place of a buffer is of no use any more
         self.weights()  # what the user has put into a weight is to be in the engine, for it leaves with the rows
+        return self._place(table, new)
+
+    def _place(self, table: int, new: Displaced) -> Displaced:
         with _ADOPTING, torch.inference_mode(False), torch.no_grad():
             parameters, memory = self._parameters[table], self.memory
             weight = parameters.get("weight")
@@ -455,9 +468,7 @@ class EmbeddingTables:
         handle = self._new_handle()
         for table, row_format in enumerate(self.row_formats):
             if row_format in QUANTIZED:
-                buffers = self._buffers[table]
-                parts = {name.removeprefix("weight_"): buffers[name] for name in _PARTS if name in buffers}
-                handle.swap_rows(table, self._packed_rows(table, parts))  # type: ignore[arg-type] # none is None
+                handle.swap_rows(table, packed_rows(self.tables[table], row_format, self.buffers.parts(table)))
         self.memory = self._memory_of(handle)
         for table in range(len(self.tables)):
             self._show(table)
@@ -477,6 +488,7 @@ class EmbeddingTables:
             `"codes"`, `(N, bytes of a row)` uint8; `"scales"`, `(N, 2)` float16, bfloat16 or float32: scale and bias of
             every row; and `"codebook"`, `(16,)` float32, where codes of 4 bits mean other numbers than their own.
         """
+        self.weights()  # what the user has put into a buffer is to be in the engine
         handle = self.handle
         state = {"codes": as_tensor(handle.codes(table)).clone(), "scales": as_tensor(handle.scales(table)).clone()}
         codebook = handle.codebook(table)
@@ -489,14 +501,8 @@ class EmbeddingTables:
             TypeError: A tensor of another dtype.
             ValueError: A tensor of another shape, scales that are not finite, or a codebook that cannot be.
         """
-        self.swap(table, self._packed_rows(table, state), self.row_formats[table])
-
-    def _packed_rows(self, table: int, state: dict[str, Tensor]) -> TableRows:
-        name, _, embedding_dim, _ = self.tables[table]
-        row_format, codebook = self.row_formats[table], state.get("codebook")
-        codes, scales = (as_array(state[part].contiguous()) for part in ("codes", "scales"))
-        numbers = None if codebook is None else codebook.tolist()
-        return TableRows.from_parts(name, embedding_dim, row_format, codes, scales, numbers)
+        parts = [state[part] for part in ("codes", "scales", "codebook") if part in state]
+        self.swap(table, packed_rows(self.tables[table], self.row_formats[table], parts), self.row_formats[table])
 
     def __repr__(self) -> str:
         return f"EmbeddingTables({len(self.tables)} tables, {len(self.features)} features)"
