@@ -80,8 +80,8 @@ class HoldsWeight(nn.Module):
     `requires_grad` whether it does; no state_dict has it.
 
     A tensor put in the place of such a buffer (`module.weight_codes = x`, `module.weight_codes.data = x`), of the same
-    shape and dtype, is copied into the engine before the next lookup, as one in the place of a `weight` is. What does not
-    ask the module for its buffer, as `torch.func.functional_call`, is noticed in compiled models alone.
+    shape and dtype, is copied into the engine before the next lookup, as one in the place of a `weight` is. What does
+    not ask the module for its buffer, as `torch.func.functional_call`, is noticed in compiled models alone.
     """
 
     _tables: EmbeddingTables
