@@ -1,4 +1,4 @@
-"""Two processes with torch's distributed wrappers around models with our tables."""
+"""Several processes with torch's distributed wrappers around models with our tables."""
 
 import inspect
 import subprocess
@@ -24,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 import dlrm_rs
 from dlrm_rs.distributed import leave_tables_to_each_process, table_parameters
 
-rank, world = int(sys.argv[1]), 2
+rank, world = map(int, sys.argv[1:3])
 torch.set_num_threads(1)
-store = dist.FileStore(sys.argv[2], world)
+store = dist.FileStore(sys.argv[3], world)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 def rows(seed, optimizer=None):
@@ -49,22 +49,24 @@ SGD = dlrm_rs.optim.SGD(lr=0.1)
 """
 
 
-def run(tmp_path: Path, code: str) -> None:
-    """In two processes."""
+def run(tmp_path: Path, code: str, world: int = 2) -> None:
+    """In so many processes."""
     # What is printed counts: gloo's threads now and then abort a process that is already done.
     end = '\nprint("done", flush=True)\ndist.barrier()\n__import__("os")._exit(0)\n'
     command = [sys.executable, "-W", "ignore", "-c", BEGIN + code + end]
     pipe = subprocess.PIPE
     processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=pipe, stderr=pipe, text=True)
-        for rank in range(2)
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(tmp_path / "store")], stdout=pipe, stderr=pipe, text=True
+        )
+        for rank in range(world)
     ]
     try:
         printed = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [out.split()[-1:] for out, _ in printed] == [["done"]] * 2, "\n".join(error for _, error in printed)
+    assert [out.split()[-1:] for out, _ in printed] == [["done"]] * world, "\n".join(error for _, error in printed)
 
 
 def test_tables_are_left_to_each_process(tmp_path: Path) -> None:

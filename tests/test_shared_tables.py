@@ -1,4 +1,4 @@
-"""Two processes that train the same tables, in memory that they share."""
+"""Processes that train the same tables, in memory that they share."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +49,7 @@ def train(model, tables, samples, steps=4):
     optimizer = torch.optim.SGD(tables.dense.parameters(), lr=0.1)
     for step in range(steps):
         optimizer.zero_grad()
-        model(*batch([s + 8 * step for s in samples])).square().mean().backward()
+        model(*batch([s + 4 * world * step for s in samples])).square().mean().backward()
         optimizer.step()
         tables.largest.fused_optimizer.step()
         tables.largest.fused_optimizer.zero_grad()
@@ -73,7 +73,8 @@ def refused(words, action):
 """
 
 
-def test_tables_are_trained_as_by_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [2, 3])
+def test_tables_are_trained_as_by_one_process(tmp_path: Path, world: int) -> None:
     run(
         tmp_path,
         MODEL
@@ -82,13 +83,13 @@ model = Model()
 before = resident("Anon")
 assert share_tables(model) is model
 assert before - resident("Anon") > 30 << 20  # the 41 MB of one table
-assert resident("Shmem") > 38 << 20 or rank == 1  # which has not read them yet
+assert resident("Shmem") > 38 << 20 or rank  # which has not read them yet
 with open("/proc/self/maps") as maps:
     files = {line.split()[4] for line in maps if "memfd:dlrm_rs" in line}
 assert len(files) == 5
 everywhere = [None] * world
 dist.all_gather_object(everywhere, files)
-assert everywhere[0] == everywhere[1]  # the same files
+assert all(of_rank == files for of_rank in everywhere)  # the same files
 
 wrapped = DistributedDataParallel(model)
 alone = copy.deepcopy(model)  # with tables of its own
@@ -98,9 +99,9 @@ checkpoint = copy.deepcopy([part.state_dict() for part in (model, *optimizers)])
 dist.barrier()
 train(wrapped, model, range(4 * rank, 4 * rank + 4))
 for tensor in everything(model):
-    assert torch.equal(*of_all(tensor.float()))
+    assert all(torch.equal(tensor.float(), other) for other in of_all(tensor.float()))
 trained = [tensor.clone() for tensor in everything(model)]
-train(alone, alone, range(8))
+train(alone, alone, range(4 * world))
 for got, expected, start in zip(trained, everything(alone), first, strict=True):
     torch.testing.assert_close(got, expected, rtol=1e-5 if got.dtype is torch.float32 else 2e-2, atol=1e-6)
 assert sum(not torch.equal(*pair) for pair in zip(trained, first, strict=True)) >= 10
@@ -136,7 +137,123 @@ def lost():
     wrapped(*batch(range(4))).sum().backward()
 refused("lost the process of rank 0, which updates the shared tables", lost)
 """,
+        world,
     )
+
+
+def test_rows_of_codes_have_the_bits_of_one_process(tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        """
+import copy
+from dlrm_rs.distributed import share_tables
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(rank)
+        spec, table = dlrm_rs.optim, dlrm_rs.EmbeddingBagConfig
+        tables = [table("t", 40, 8, ["a", "b"], data_type="int8"), table("u", 30, 5, ["c"], "mean", data_type="int2")]
+        self.many = dlrm_rs.EmbeddingBagCollection(tables, optimizer=spec.RowWiseAdagrad(lr=0.1))
+        self.step = dlrm_rs.EmbeddingBag(40, 8, mode="sum", dtype="int4", optimizer=spec.Adam(lr=0.1, update="step"))
+
+    def forward(self, samples):
+        lengths = torch.tensor([[(s + f) % 4 for s in samples] for f in range(3)])
+        ids = [torch.tensor([(7 * s + 3 * k + f) % 30 for s in samples for k in range((s + f) % 4)]) for f in range(3)]
+        features = dlrm_rs.KeyedJaggedTensor(["a", "b", "c"], torch.cat(ids), lengths=lengths.view(-1))
+        pooled = self.many(features).values()
+        return torch.cat([pooled, self.step(features["b"].values(), features["b"].offsets()[:-1])], 1)
+
+def train(model, samples, processes, steps=5):
+    for step in range(steps):
+        model([s + 4 * processes * step for s in samples]).square().sum(1).mean().backward()
+        model.step.fused_optimizer.step()
+        model.step.fused_optimizer.zero_grad()
+
+def everything(model):
+    optimizers = [model.many.fused_optimizer, model.step.fused_optimizer]
+    states = [state for optimizer in optimizers for by_name in optimizer.state.values() for state in by_name.values()]
+    return [*model.state_dict().values(), *states]
+
+def check(group, members):
+    place, many = members.index(rank), len(members)
+    model = share_tables(Model(), group)
+    alone = copy.deepcopy(model)  # with the rows of the first
+    dist.barrier(group)
+    dlrm_rs.set_num_threads(1 + (place == 0))
+    train(model, range(4 * place, 4 * place + 4), many)
+    before = [tensor.clone() for tensor in everything(alone)]
+    train(alone, range(4 * many), many)
+    pairs = list(zip(everything(model), everything(alone), strict=True))
+    assert all(torch.equal(*pair) for pair in pairs)  # dividing by 4, or 2, is exact
+    assert sum(not torch.equal(old, new) for old, (new, _) in zip(before, pairs, strict=True)) > 6
+    for name in ("weight_codes", "weight_scales"):
+        part = getattr(model.step, name)
+        part.data = part.clone()
+        try:
+            model.step(torch.tensor([[1]]))
+        except RuntimeError as error:
+            assert "weight_codes: cannot be replaced; copy into it (dlrm_rs.distr" in str(error)
+        else:
+            raise AssertionError(name)
+        part.data = model.step._tables.memory.parts[0][name == "weight_scales"]
+    model.step(torch.tensor([[1]]))
+    return model
+
+check(None, range(4))
+dist.barrier()
+pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+model = check(pairs[rank % 2], [rank % 2, rank % 2 + 2])
+codes = of_all(model.step.weight_codes)
+assert torch.equal(codes[0], codes[2])
+assert torch.equal(codes[1], codes[3])
+assert not torch.equal(codes[0], codes[1])
+""",
+        4,
+    )
+
+
+def test_a_backend_that_knows_no_tensors_of_the_cpu_is_not_asked(tmp_path: Path) -> None:
+    # As NCCL is to the tables: a group of which nothing is wanted but who is in it.
+    run(
+        tmp_path,
+        """
+from dlrm_rs.distributed import share_tables
+
+class OfAnotherDevice(dist.ProcessGroup):
+    def getBackendName(self):
+        return "other"
+
+dist.Backend.register_backend("other", lambda store, rank, size, timeout: OfAnotherDevice(rank, size), devices=["cpu"])
+dist.barrier()
+dist.destroy_process_group()
+store = dist.FileStore(sys.argv[3] + "again", world)
+dist.init_process_group("other", store=store, rank=rank, world_size=world)
+try:
+    dist.all_reduce(torch.zeros(1))
+except RuntimeError:
+    pass
+else:
+    raise AssertionError("a backend that works")
+model = share_tables(rows(rank, SGD))
+before = model.weight.detach().clone()
+model(torch.tensor([[1, 2], [3, rank]])).sum().backward()
+expected = torch.zeros(6, 1)
+for row in (1, 2, 3, 1, 2, 3, 0, 1):
+    expected[row] += 0.5
+assert torch.allclose(model.weight, before - 0.1 * expected)
+print("done", flush=True)
+dist.barrier = lambda: None
+""",
+    )
+
+
+def test_without_gloo_there_is_no_way_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    with pytest.raises(RuntimeError, match="group: expected a torch that is built with gloo"):
+        share_tables(dlrm_rs.EmbeddingBag(4, 2, optimizer=dlrm_rs.optim.SGD(lr=0.1)))
 
 
 def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def share_tables(
 
     Args:
         model: A model with tables of `dlrm_rs` in it, made alike in all processes. It is changed, and returned.
-        group: The processes, all on this host; None for all.
+        group: The processes, all on this host, of any backend (tables go by gloo); None for all.
         timeout: How long a process waits for another; None for torch's default, half an hour.
 
     Returns:
@@ -90,7 +90,7 @@ def share_tables(
         ValueError: No tables in the model, or not the same in every process; processes on several hosts; tables that
             cannot be shared: trained without a fused optimizer, as every process's would move the same rows, or with
             `max_norm`. It is raised in all processes, and nothing has changed then.
-        RuntimeError: There is no process group, or the tables are shared already.
+        RuntimeError: There is no process group, or no gloo, or the tables are shared already.
         MemoryError: The system has no memory for another table; every process keeps its own tables then.
 
     Example:
@@ -107,8 +107,10 @@ def share_tables(
         raise RuntimeError("group: expected torch.distributed.init_process_group to have been called, and it was not")
     if dist.get_rank(group) < 0:
         raise ValueError(f"group: expected one with this process, of rank {dist.get_rank()}, got one without it")
+    if not dist.is_gloo_available():
+        raise RuntimeError("group: expected a torch that is built with gloo, by which processes share tables, got none")
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
-    # Of a backend that moves tensors of the CPU, whatever reduces the gradients of the dense layers.
+    # Of a backend that moves tensors of the CPU, whatever reduces the gradients of the dense layers: NCCL does not.
     # Where some make a group by themselves, torch 2.11 and older find it by how many groups each has: not if all do.
     some = len(members) < dist.get_world_size()
     meeting = dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=some)
