@@ -3,8 +3,8 @@
 One crossing to Rust per forward and one per backward, however many tables. Two ways lead there:
 
 - `direct`, an `autograd.Function`, is what modules take: it costs the least.
-- `registered`, the operators `torch.ops.dlrm_rs`, which a graph can hold, is what they take while `torch.compile` or
-  `torch.export` traces them.
+- `traced`, by the operators `torch.ops.dlrm_rs` that a graph can hold, is what they take while `torch.compile` or
+  `torch.export` traces them. `registered` has these operators.
 
 `calls` is what both do with the engine.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dlrm_rs.operators import direct, registered
+from dlrm_rs.operators import direct, traced
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = ["lookup", "renorm"]
@@ -53,7 +53,7 @@ def lookup(
         IndexError: An id is outside its table.
         ValueError: Offsets, lengths or weights of ids do not fit; sparse gradients in a traced model.
     """
-    way = registered.lookup if torch.compiler.is_compiling() else direct.lookup
+    way = traced.lookup if torch.compiler.is_compiling() else direct.lookup
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise RuntimeError(
             "torch.jit.trace: expected operations that it records, got a lookup, which the engine computes; "
@@ -87,5 +87,5 @@ def renorm(
         IndexError: An id is outside its table.
         ValueError: Offsets or weights of ids do not fit.
     """
-    way = registered.renorm if torch.compiler.is_compiling() else direct.renorm
+    way = traced.renorm if torch.compiler.is_compiling() else direct.renorm
     way(tables, indices, offsets, batch_size, per_sample_weights, max_norm, norm_type)

@@ -1,4 +1,4 @@
-"""The way to the engine that a graph can hold: the operators `torch.ops.dlrm_rs`.
+"""The operators `torch.ops.dlrm_rs`: the way to the engine that a graph can hold.
 
 An operator works from the tensors that it is given, for a graph may be saved and run where the module is not. Where
 they are the memory of tables of this process, which `key` names, the engine's tables are used themselves, and with them
@@ -18,7 +18,7 @@ Letters as of the engine: `F`, `T`, `B`, `L`, `N`, `D`, `W`. `rows` are the tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -26,88 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from dlrm_rs.layout import Layout
 from dlrm_rs.operators import calls
+from dlrm_rs.operators.definition import BATCH, Batch, define
 from dlrm_rs.operators.whose import at_home, handle_of, tables_of
 from dlrm_rs.row_formats import TORCH_DTYPES
-from dlrm_rs.tables import EmbeddingTables
-
-__all__ = ["lookup", "renorm"]
-
-
-def lookup(
-    tables: EmbeddingTables,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
-    per_sample_weights: Tensor | None,
-    sparse: bool,
-    scale_grad_by_freq: Sequence[bool],
-) -> Tensor:
-    """As `operators.lookup`, to be traced."""
-    rows = tables.parts()
-    tied = tables.tied()
-    trained = [weight for weight in tied if weight.requires_grad] if torch.is_grad_enabled() else []
-    bags = (indices, offsets, batch_size, per_sample_weights)
-    with_argmax = tables.pools_by_max and len(trained) > 0
-    if tables.algorithm is not None and trained and not _exporting():
-        trainable = [weight.requires_grad for weight in tied]
-        memory = [part for parts in tables.memory.parts for part in parts]
-        out, _ = torch.ops.dlrm_rs.fused_lookup(
-            trained[0],
-            memory,
-            tables.memory.states,
-            tables.key,
-            tables.layout,
-            *bags,
-            trainable,
-            with_argmax,
-            scale_grad_by_freq,
-        )
-    else:
-        if sparse and trained and tables.algorithm is None:
-            torch.ops.dlrm_rs.refuse(
-                "sparse: expected False in a model that torch.compile traces for training, as its graphs hold no "
-                "sparse gradients, got True; a fused optimizer, optimizer=dlrm_rs.optim..., needs no gradient at all"
-            )
-        out, _ = torch.ops.dlrm_rs.lookup(rows, tables.key, tables.layout, *bags, with_argmax, scale_grad_by_freq)
-    pooled: Tensor = out
-    return pooled
-
-
-def renorm(
-    tables: EmbeddingTables,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
-    per_sample_weights: Tensor | None,
-    max_norm: float,
-    norm_type: float,
-) -> None:
-    """As `operators.renorm`, to be traced."""
-    rows = [part.detach() for part in tables.parts()]
-    bags = (indices, offsets, batch_size, per_sample_weights)
-    torch.ops.dlrm_rs.renorm_(rows, tables.key, tables.layout, *bags, max_norm, norm_type)
-
-
-def _exporting() -> bool:
-    # Not `torch.compiler.is_exporting()`, of which torch.compile says True as well in some versions. Where there is no
-    # telling, as before torch 2.7, a saved program keeps `fused_lookup`, which looks up as well.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
-
-
-_BAGS = "Tensor indices, Tensor? offsets, SymInt batch_size, Tensor? per_sample_weights"
-
-
-def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    torch.library.define(f"dlrm_rs::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"dlrm_rs::{name}", "cpu", kernel)
-    torch.library.register_fake(f"dlrm_rs::{name}", fake)
-
-
-def _contiguous(indices: Tensor, offsets: Tensor | None, batch_size: int) -> calls.Bags:
-    # A compiled graph may hand over tensors in another layout than those that the module has checked.
-    return indices.contiguous(), None if offsets is None else offsets.contiguous(), batch_size
 
 
 def _refuse(message: str) -> None:
@@ -125,70 +47,72 @@ torch.library.register_fake("dlrm_rs::refuse", _refuse)
 
 def _lookup(
     rows: Sequence[Tensor],
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
+    batch: Batch,
     per_sample_weights: Tensor | None,
     with_argmax: bool,
     scale_grad_by_freq: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    described = Layout.parse(layout)
+    layout = batch.parsed()
     # Zeros, since the engine leaves the columns of features alone that are pooled otherwise.
-    argmax = torch.zeros(batch_size, described.width if with_argmax else 0, dtype=torch.int32, device="cpu")
-    bags = _contiguous(indices, offsets, batch_size)
+    argmax = torch.zeros(batch.batch_size, layout.width if with_argmax else 0, dtype=torch.int32, device="cpu")
     weights = None if per_sample_weights is None else per_sample_weights.contiguous()
-    handle = handle_of(rows, key, described)
-    return calls.lookup(handle, described, bags, weights, argmax if with_argmax else None), argmax
+    handle = handle_of(rows, batch.key, layout)
+    return calls.lookup(handle, layout, batch.bags(), weights, argmax if with_argmax else None), argmax
 
 
 def _fake_lookup(
     rows: Sequence[Tensor],
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
+    batch: Batch,
     per_sample_weights: Tensor | None,
     with_argmax: bool,
     scale_grad_by_freq: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    described = Layout.parse(layout)
-    outputs = batch_size if described.pooled else indices.numel()
-    out = indices.new_empty(outputs, described.width, dtype=described.output_dtype)  # (B, W) or (L, D)
-    return out, indices.new_empty(batch_size, described.width if with_argmax else 0, dtype=torch.int32)
+    layout, ids = batch.parsed(), batch.indices
+    outputs = batch.batch_size if layout.pooled else ids.numel()
+    out = ids.new_empty(outputs, layout.width, dtype=layout.output_dtype)  # (B, W) or (L, D)
+    return out, ids.new_empty(batch.batch_size, layout.width if with_argmax else 0, dtype=torch.int32)
+
+
+def _save(ctx: Any, batch: Batch, per_sample_weights: Tensor | None, argmax: Tensor, tensors: Sequence[Tensor]) -> None:
+    key, ctx.layout, indices, offsets, ctx.batch_size = batch
+    ctx.save_for_backward(key, indices, offsets, per_sample_weights, argmax, *tensors)
+
+
+def _saved(ctx: Any) -> tuple[Batch, Tensor | None, Tensor | None, Sequence[Tensor]]:
+    """What `_save` was given; of the argmax None where there is none."""
+    key, indices, offsets, per_sample_weights, argmax, *tensors = ctx.saved_tensors
+    batch = Batch(key, ctx.layout, indices, offsets, ctx.batch_size)
+    return batch, per_sample_weights, argmax if ctx.with_argmax else None, tensors
 
 
 def _save_lookup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    rows, key, layout, indices, offsets, ctx.batch_size, per_sample_weights, ctx.with_argmax, ctx.scale = inputs
-    ctx.layout, ctx.parts = layout, len(rows)
+    rows, *batch, per_sample_weights, ctx.with_argmax, ctx.scale = inputs
+    ctx.parts = len(rows)
     # Only the gradient of per_sample_weights reads the rows: then torch is to notice if they changed meanwhile.
     wanted = per_sample_weights is not None and per_sample_weights.requires_grad
-    ctx.save_for_backward(key, indices, offsets, per_sample_weights, output[1], *(rows if wanted else ()))
+    _save(ctx, Batch(*batch), per_sample_weights, output[1], rows if wanted else ())
 
 
 def _backward_of_lookup(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    key, indices, offsets, per_sample_weights, argmax, *rows = ctx.saved_tensors
-    bags = (indices, offsets, ctx.batch_size)
+    batch, per_sample_weights, argmax, rows = _saved(ctx)
     weights_grad = None
     if ctx.needs_input_grad[6]:
-        weights_grad = torch.ops.dlrm_rs.per_sample_weights_gradient(rows, key, ctx.layout, *bags, grad)
-    places = Layout.parse(ctx.layout).places
+        weights_grad = torch.ops.dlrm_rs.per_sample_weights_gradient(rows, *batch, grad)
+    places = batch.parsed().places
     trainable = [ctx.needs_input_grad[0][place] for place in places]
     grads: list[Tensor | None] = [None] * ctx.parts
     if True in trainable:
-        given = (per_sample_weights, argmax if ctx.with_argmax else None, grad, trainable, ctx.scale)
-        dense = iter(torch.ops.dlrm_rs.dense_gradient(key, ctx.layout, *bags, *given))
+        given = (per_sample_weights, argmax, grad, trainable, ctx.scale)
+        dense = iter(torch.ops.dlrm_rs.dense_gradient(*batch, *given))
         for place, trained in zip(places, trainable, strict=True):
             if trained:
                 grads[place] = next(dense)
     return grads, None, None, None, None, None, weights_grad, None, None
 
 
-_register(
+define(
     "lookup",
-    f"(Tensor[] rows, Tensor key, str layout, {_BAGS}, bool with_argmax, bool[] scale_grad_by_freq) "
+    f"(Tensor[] rows, {BATCH}, Tensor? per_sample_weights, bool with_argmax, bool[] scale_grad_by_freq) "
     "-> (Tensor, Tensor)",
     _lookup,
     _fake_lookup,
@@ -196,71 +120,33 @@ _register(
 torch.library.register_autograd("dlrm_rs::lookup", _backward_of_lookup, setup_context=_save_lookup)
 
 
-# --- fused_lookup
-
-
-def _fused_lookup(
-    tie: Tensor,
-    rows: Sequence[Tensor],
-    states: Sequence[Tensor],
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
-    per_sample_weights: Tensor | None,
-    trainable: Sequence[bool],
-    with_argmax: bool,
-    scale_grad_by_freq: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    bags = (indices, offsets, batch_size, per_sample_weights)
-    return _lookup(rows, key, layout, *bags, with_argmax, scale_grad_by_freq)
-
-
-def _fake_fused_lookup(
-    tie: Tensor,
-    rows: Sequence[Tensor],
-    states: Sequence[Tensor],
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
-    per_sample_weights: Tensor | None,
-    trainable: Sequence[bool],
-    with_argmax: bool,
-    scale_grad_by_freq: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    bags = (indices, offsets, batch_size, per_sample_weights)
-    return _fake_lookup(rows, key, layout, *bags, with_argmax, scale_grad_by_freq)
+# --- fused_lookup: as lookup, with what the update by its backward needs
 
 
 def _save_fused_lookup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, rows, states, key, ctx.layout, indices, offsets, ctx.batch_size, per_sample_weights, *flags = inputs
-    ctx.trainable, ctx.with_argmax, ctx.scale = flags
+    _, rows, states, *batch, per_sample_weights, ctx.trainable, ctx.with_argmax, ctx.scale = inputs
     ctx.parts, ctx.states = len(rows), len(states)
-    ctx.save_for_backward(key, indices, offsets, per_sample_weights, output[1], *rows, *states)
+    _save(ctx, Batch(*batch), per_sample_weights, output[1], (*rows, *states))
 
 
 def _backward_of_fused_lookup(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    key, indices, offsets, per_sample_weights, argmax, *tensors = ctx.saved_tensors
+    batch, per_sample_weights, argmax, tensors = _saved(ctx)
     rows, states = tensors[: ctx.parts], tensors[ctx.parts :]
-    bags = (indices, offsets, ctx.batch_size)
     weights_grad = None
     if ctx.needs_input_grad[8]:  # before the update, which writes to the rows that this reads
-        weights_grad = torch.ops.dlrm_rs.per_sample_weights_gradient(rows, key, ctx.layout, *bags, grad)
-    given = (per_sample_weights, argmax if ctx.with_argmax else None, grad, ctx.trainable, ctx.scale)
-    torch.ops.dlrm_rs.update(rows, states, key, ctx.layout, *bags, *given)
+        weights_grad = torch.ops.dlrm_rs.per_sample_weights_gradient(rows, *batch, grad)
+    given = (per_sample_weights, argmax, grad, ctx.trainable, ctx.scale)
+    torch.ops.dlrm_rs.update(rows, states, *batch, *given)
     lists = ([None] * ctx.parts, [None] * ctx.states)
     return None, *lists, None, None, None, None, None, weights_grad, None, None, None
 
 
-_register(
+define(
     "fused_lookup",
-    "(Tensor tie, Tensor[] rows, Tensor[] states, Tensor key, str layout, "
-    f"{_BAGS}, bool[] trainable, bool with_argmax, bool[] scale_grad_by_freq) -> (Tensor, Tensor)",
-    _fused_lookup,
-    _fake_fused_lookup,
+    f"(Tensor tie, Tensor[] rows, Tensor[] states, {BATCH}, Tensor? per_sample_weights, bool[] trainable, "
+    "bool with_argmax, bool[] scale_grad_by_freq) -> (Tensor, Tensor)",
+    lambda tie, rows, states, batch, weights, trainable, *flags: _lookup(rows, batch, weights, *flags),
+    lambda tie, rows, states, batch, weights, trainable, *flags: _fake_lookup(rows, batch, weights, *flags),
 )
 torch.library.register_autograd("dlrm_rs::fused_lookup", _backward_of_fused_lookup, setup_context=_save_fused_lookup)
 
@@ -268,33 +154,16 @@ torch.library.register_autograd("dlrm_rs::fused_lookup", _backward_of_fused_look
 # --- gradients
 
 
-def _dense_gradient(
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
-    per_sample_weights: Tensor | None,
-    argmax: Tensor | None,
-    grad: Tensor,
-    trainable: Sequence[bool],
-    scale_grad_by_freq: Sequence[bool],
-) -> list[Tensor]:
-    tables = tables_of(key)
+def _dense_gradient(batch: Batch, *gradient: Any) -> list[Tensor]:
+    tables = tables_of(batch.key)
     calls.check_unshared(tables)
-    bags = _contiguous(indices, offsets, batch_size)
-    grad = grad.float().contiguous()
-    terms = calls.gradient_terms(bags, per_sample_weights, argmax, grad, trainable, scale_grad_by_freq)
-    dtypes = [TORCH_DTYPES.get(table.row_format, torch.float32) for table in Layout.parse(layout).tables]
+    dtypes = [TORCH_DTYPES.get(table.row_format, torch.float32) for table in batch.parsed().tables]
+    terms = _terms(batch, *gradient)
     return [rows for rows in calls.dense_gradient(tables.handle, dtypes, terms) if rows is not None]
 
 
 def _fake_dense_gradient(
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
+    batch: Batch,
     per_sample_weights: Tensor | None,
     argmax: Tensor | None,
     grad: Tensor,
@@ -303,45 +172,36 @@ def _fake_dense_gradient(
 ) -> list[Tensor]:
     return [
         grad.new_empty(table.num_embeddings, table.embedding_dim, dtype=TORCH_DTYPES[table.row_format])
-        for table, trained in zip(Layout.parse(layout).tables, trainable, strict=True)
+        for table, trained in zip(batch.parsed().tables, trainable, strict=True)
         if trained
     ]
 
 
-def _per_sample_weights_gradient(
-    rows: Sequence[Tensor],
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
+def _terms(
+    batch: Batch,
+    per_sample_weights: Tensor | None,
+    argmax: Tensor | None,
     grad: Tensor,
-) -> Tensor:
-    handle = handle_of(rows, key, Layout.parse(layout))
-    bags = _contiguous(indices, offsets, batch_size)
-    return calls.per_sample_weights_gradient(handle, bags, grad.float().contiguous())
+    trainable: Sequence[bool],
+    scale_grad_by_freq: Sequence[bool],
+) -> calls.Terms:
+    grad = grad.float().contiguous()
+    return calls.gradient_terms(batch.bags(), per_sample_weights, argmax, grad, trainable, scale_grad_by_freq)
 
 
-def _fake_per_sample_weights_gradient(
-    rows: Sequence[Tensor],
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
-    grad: Tensor,
-) -> Tensor:
-    return grad.new_empty(indices.numel(), dtype=torch.float32)
+def _per_sample_weights_gradient(rows: Sequence[Tensor], batch: Batch, grad: Tensor) -> Tensor:
+    handle = handle_of(rows, batch.key, batch.parsed())
+    return calls.per_sample_weights_gradient(handle, batch.bags(), grad.float().contiguous())
 
 
-_GRADIENT = f"{_BAGS}, Tensor? argmax, Tensor grad, bool[] trainable, bool[] scale_grad_by_freq"
-_register("dense_gradient", f"(Tensor key, str layout, {_GRADIENT}) -> Tensor[]", _dense_gradient, _fake_dense_gradient)
-_register(
+# Of `_terms`, beside the batch.
+_GRADIENT = "Tensor? per_sample_weights, Tensor? argmax, Tensor grad, bool[] trainable, bool[] scale_grad_by_freq"
+define("dense_gradient", f"({BATCH}, {_GRADIENT}) -> Tensor[]", _dense_gradient, _fake_dense_gradient)
+define(
     "per_sample_weights_gradient",
-    "(Tensor[] rows, Tensor key, str layout, Tensor indices, Tensor? offsets, SymInt batch_size, Tensor grad) "
-    "-> Tensor",
+    f"(Tensor[] rows, {BATCH}, Tensor grad) -> Tensor",
     _per_sample_weights_gradient,
-    _fake_per_sample_weights_gradient,
+    lambda rows, batch, grad: grad.new_empty(batch.indices.numel(), dtype=torch.float32),
 )
 
 
@@ -351,29 +211,24 @@ _register(
 def _update(
     rows: Sequence[Tensor],
     states: Sequence[Tensor],
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
+    batch: Batch,
     per_sample_weights: Tensor | None,
     argmax: Tensor | None,
     grad: Tensor,
     trainable: Sequence[bool],
     scale_grad_by_freq: Sequence[bool],
 ) -> None:
-    tables = tables_of(key)
+    tables = tables_of(batch.key)
     calls.check_fused(tables)
-    if layout != tables.layout:
+    if batch.layout != tables.layout:
         raise RuntimeError(
             "update: expected tables whose rows are stored as in the forward, and they have been quantized or "
             "dequantized since"
         )
-    bags = _contiguous(indices, offsets, batch_size)
     grad = grad.float().contiguous()
     if tables.memory.overlaps(grad):
         grad = grad.clone()  # the update would write to what it still has to read
-    terms = calls.gradient_terms(bags, per_sample_weights, argmax, grad, trainable, scale_grad_by_freq)
+    terms = _terms(batch, per_sample_weights, argmax, grad, trainable, scale_grad_by_freq)
     if at_home(tables, rows):
         calls.update(tables, tables.memory, terms)
         weights = zip(tables.weights(), trainable, strict=True)
@@ -391,18 +246,10 @@ def _update(
 
 
 def _renorm(
-    rows: Sequence[Tensor],
-    key: Tensor,
-    layout: str,
-    indices: Tensor,
-    offsets: Tensor | None,
-    batch_size: int,
-    per_sample_weights: Tensor | None,
-    max_norm: float,
-    norm_type: float,
+    rows: Sequence[Tensor], batch: Batch, per_sample_weights: Tensor | None, max_norm: float, norm_type: float
 ) -> None:
-    indices, offsets, _ = _contiguous(indices, offsets, batch_size)
-    handle = handle_of(rows, key, Layout.parse(layout))
+    indices, offsets, batch_size = batch.bags()
+    handle = handle_of(rows, batch.key, batch.parsed())
     ids = (indices.numpy(), calls.array(offsets), batch_size, calls.array(per_sample_weights))
     handle.renorm(*ids, max_norm, norm_type)
     increment_version(list(rows))
@@ -412,15 +259,15 @@ def _no_output(*_: Any) -> None:
     """The fake kernel of an operator that gives nothing."""
 
 
-_register(
+define(
     "update",
-    f"(Tensor(a!)[] rows, Tensor(b!)[] states, Tensor key, str layout, {_GRADIENT}) -> ()",
+    f"(Tensor(a!)[] rows, Tensor(b!)[] states, {BATCH}, {_GRADIENT}) -> ()",
     _update,
     _no_output,
 )
-_register(
+define(
     "renorm_",
-    f"(Tensor(a!)[] rows, Tensor key, str layout, {_BAGS}, float max_norm, float norm_type) -> ()",
+    f"(Tensor(a!)[] rows, {BATCH}, Tensor? per_sample_weights, float max_norm, float norm_type) -> ()",
     _renorm,
     _no_output,
 )
