@@ -216,6 +216,7 @@ def test_initial_accumulator_value(kind: type[Adagrad]) -> None:
         (lambda: SGD(lr=float("nan")), ValueError, "lr: .* got nan"),
         (lambda: Adagrad(eps=float("inf")), ValueError, "eps: .* got inf"),
         (lambda: Adagrad(initial_accumulator_value=-1), ValueError, "initial_accumulator_value: .* got -1"),
+        (lambda: SGD(lr=1.0, clip_norm=0.0), ValueError, "clip_norm: expected None or a number above 0, got 0"),
         (lambda: SGD(lr=1e39), ValueError, "lr: expected a finite number .* in float32, .* got 1e"),
         (lambda: Adagrad(initial_accumulator_value=1e39), ValueError, "initial_accumulator_value: .* in float32"),
         (lambda: Adagrad(eps=0), ValueError, "eps: expected a number above 0 in float32, .* got 0"),
@@ -376,6 +377,88 @@ def test_adjustments_follow_the_formula(spec: OptimizerSpec) -> None:
         with torch.no_grad():
             reference.weight[rows] = torch.renorm(reference.weight[rows], 2, 0, 1.5)
     check(ours, reference)
+
+
+@each_spec
+@pytest.mark.parametrize("update", ["backward", "step"])
+def test_gradients_are_clipped_by_the_norm_of_all_tables(update: Any, spec: OptimizerSpec) -> None:
+    spec = dataclasses.replace(spec, clip_norm=4.0, clip_value=1.5, update=update)
+    tables = [
+        dlrm_rs.EmbeddingBagConfig("t", 20, 17, ["a", "b"]),
+        dlrm_rs.EmbeddingBagConfig("u", 30, 16, ["c"], pooling="mean", scale_grad_by_freq=True),
+    ]
+    ours = dlrm_rs.EmbeddingBagCollection(tables, optimizer=spec)
+    assert ours.fused_optimizer is not None
+    weights = [ours.get_parameter(f"embedding_bags.{table.name}.weight") for table in tables]
+    references = [Reference(spec, weight) for weight in weights]
+    norms = []
+    for step in range(STEPS):
+        ids = torch.cat([torch.randint(0, rows, (8, 3)) for rows in (20, 20, 30)])
+        loss(ours.lookup(ids.flatten(), torch.arange(0, 73, 3)) * (step % 5)).backward()
+        t, u = ids[:16], ids[16:]
+        rows_of_u = torch.nn.functional.embedding(u, references[1].weight, scale_grad_by_freq=True)
+        pooled = [torch.nn.functional.embedding(part, references[0].weight).sum(1) for part in t.split(8)]
+        loss(torch.cat([*pooled, rows_of_u.mean(1)], 1) * (step % 5)).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_([reference.weight for reference in references], 4.0))
+        for reference, touched_ids in zip(references, (t, u), strict=True):
+            assert reference.weight.grad is not None
+            reference.weight.grad.clamp_(-1.5, 1.5)
+            reference.step(touched(len(reference.weight), touched_ids))
+        ours.fused_optimizer.step()
+        ours.fused_optimizer.zero_grad()
+    assert min(norms) < 4 < max(norms)
+    for weight, reference in zip(weights, references, strict=True):
+        assert (weight - reference.weight).norm() <= 1e-5 * reference.weight.norm()
+
+
+@pytest.mark.parametrize("row_format", ["fp16", "bf16", "int8"])
+def test_rows_of_low_precision_are_clipped_by_norm(row_format: str) -> None:
+    start = torch.randn(20, 16)
+    grad = torch.randn(10, 16)
+    ids = torch.arange(20).view(10, 2)
+    moved = []
+    for clip_norm, factor in ((2.0, 1.0), (None, 2 / ((2 * grad**2).sum().sqrt().item() + 1e-6))):
+        ours = dlrm_rs.EmbeddingBag(20, 16, mode="sum", _weight=start, optimizer=SGD(lr=1.0, clip_norm=clip_norm))
+        dlrm_rs.quantize(ours, row_format, keep_optimizer=True)
+        ours(ids).backward(grad * factor)
+        moved.append(ours(torch.arange(20).view(20, 1)).detach() - start)
+    # The random bits are the same: few elements are on another side of what they are rounded to.
+    assert_close(*moved, atol=2**-5, rtol=0)
+    assert (moved[0] == moved[1]).double().mean() > 0.95
+    assert 1.8 < moved[0].norm() < 2.2
+
+
+def test_a_gradient_without_a_norm_is_refused_and_changes_nothing() -> None:
+    tables = [dlrm_rs.EmbeddingBagConfig(name, 3, 2, [name]) for name in "ab"]
+    for update in ("backward", "step"):
+        ours = dlrm_rs.EmbeddingBagCollection(tables, optimizer=Adam(clip_norm=1.0, update=update))
+        optimizer = ours.fused_optimizer
+        assert optimizer is not None
+        before = copy.deepcopy(ours.state_dict())
+        bad = torch.tensor([[1.0, 1.0, 1.0, float("nan")]])
+
+        def train(grad: Tensor) -> None:
+            ours.lookup(torch.tensor([0, 1]), torch.tensor([0, 1, 2])).backward(grad)  # noqa: B023
+            optimizer.step()  # noqa: B023
+
+        with pytest.raises(
+            FloatingPointError, match=r"gradient: expected finite numbers.* norm of NaN; the tables are"
+        ):
+            train(bad)
+        assert [group["step"] for group in optimizer.param_groups] == [0]
+        assert all(torch.equal(weight, before[name]) for name, weight in ours.state_dict().items())
+        optimizer.zero_grad()
+        train(torch.ones(1, 4))
+        assert all(not torch.equal(weight, before[name]) for name, weight in ours.state_dict().items())
+
+
+def test_tables_have_one_bound_of_the_norm() -> None:
+    tables = [dlrm_rs.EmbeddingBagConfig(name, 3, 2, [name]) for name in "ab"]
+    ours = dlrm_rs.EmbeddingBagCollection(tables, optimizer=SGD(lr=1.0, clip_norm=1.0, table_lr={"b": 0.5}))
+    assert ours.fused_optimizer is not None
+    ours.fused_optimizer.param_groups[1]["clip_norm"] = 2.0
+    with pytest.raises(ValueError, match=r"clip_norm: expected one bound for all tables.* got 1 and 2"):
+        ours.lookup(torch.tensor([0, 1]), torch.tensor([0, 1, 2])).sum().backward()
 
 
 def test_tables_with_learning_rates_of_their_own() -> None:

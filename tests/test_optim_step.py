@@ -41,10 +41,11 @@ def ids_of(samples: range) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_micro_batches_have_the_bits_of_one_batch(pooling: str, is_weighted: bool) -> None:
+@pytest.mark.parametrize("clip_norm", [None, 0.3])
+def test_micro_batches_have_the_bits_of_one_batch(clip_norm: float | None, pooling: str, is_weighted: bool) -> None:
     results = []
     for parts in ([range(12)], [range(4), range(4, 5), range(5, 5), range(5, 12)]):
-        module = collection(Adagrad(lr=0.1, update="step"), pooling, is_weighted)
+        module = collection(Adagrad(lr=0.1, update="step", clip_norm=clip_norm), pooling, is_weighted)
         before = copy.deepcopy(module.state_dict())
         for samples in parts:
             ids, offsets, weights = ids_of(samples)
@@ -114,9 +115,10 @@ def test_checkpointed_lookups_train_once() -> None:
 
 
 @pytest.mark.parametrize("unscale", [False, True])
-def test_a_grad_scaler_unscales_and_skips(unscale: bool) -> None:
-    module, optimizer = fused(Adam(lr=0.1, update="step"))
-    plain, plain_optimizer = fused(Adam(lr=0.1, update="step"))
+@pytest.mark.parametrize("clip_norm", [None, 0.3])
+def test_a_grad_scaler_unscales_and_skips(clip_norm: float | None, unscale: bool) -> None:
+    spec = Adam(lr=0.1, update="step", clip_norm=clip_norm)
+    (module, optimizer), (plain, plain_optimizer) = fused(spec), fused(spec)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step, bad in enumerate([False, True, False]):
         ids = torch.tensor([[step, 3]])

@@ -62,7 +62,11 @@ def test_exact_updates_give_the_bits_of_the_plain_loop(optimizer: OptimizerSpec,
     assert_same_state(model, plain)
 
 
-@pytest.mark.parametrize("optimizer", [SGD(lr=0.1), Adagrad(lr=0.05)], ids=lambda spec: spec.algorithm)
+@pytest.mark.parametrize(
+    "optimizer",
+    [SGD(lr=0.1), Adagrad(lr=0.05), SGD(lr=0.5, clip_norm=0.05)],
+    ids=lambda spec: f"{spec.algorithm} {spec.clip_norm}",
+)
 @pytest.mark.parametrize("output_dtype", [torch.float16, torch.bfloat16])
 def test_other_optimizers_and_outputs_of_half_precision(optimizer: OptimizerSpec, output_dtype: torch.dtype) -> None:
     log = click_log(60)

@@ -27,7 +27,7 @@ from clicks import (
 from dlrm_rs import Pipeline
 from dlrm_rs.data import Batch
 from dlrm_rs.devices import StandIn
-from dlrm_rs.optim import SGD
+from dlrm_rs.optim import SGD, RowWiseAdagrad
 from dlrm_rs.pipeline.pipeline import click_loss
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -134,14 +134,17 @@ def test_an_infinite_gradient_does_what_it_does_in_a_plain_loop() -> None:
 
 
 @pytest.mark.parametrize("updates", ["exact", "stale"])
-def test_an_infinite_gradient_that_is_refused_gets_into_no_table(updates: Updates) -> None:
+@pytest.mark.parametrize("clip_norm", [None, 0.1], ids=["refused", "has no norm"])
+def test_an_infinite_gradient_that_is_refused_gets_into_no_table(clip_norm: float | None, updates: Updates) -> None:
     log = click_log(8)
-    model = click_model()
-    pipeline = Pipeline(model, dense_adam(model), log, infinite_at(4), check_finite=True, updates=updates)
-    with pytest.raises(FloatingPointError, match=r"expected finite numbers, got \d+ that are inf") as raised:
+    optimizer = RowWiseAdagrad(lr=0.05, clip_norm=clip_norm)
+    model = click_model(optimizer)
+    pipeline = Pipeline(model, dense_adam(model), log, infinite_at(4), check_finite=clip_norm is None, updates=updates)
+    words = r"got \d+ that are inf" if clip_norm is None else "clip_norm scales all by their norm, got a norm of"
+    with pytest.raises(FloatingPointError, match=f"expected finite numbers, .*{words}") as raised:
         list(pipeline)
     assert "gradient of batch 4" in "".join(raised.value.__notes__)
-    other = click_model()
+    other = click_model(optimizer)
     losses = loop(Pipeline(other, dense_adam(other), log, updates=updates))
     for _ in range(4):
         next(losses)

@@ -25,8 +25,11 @@ class Model(nn.Module):
         table = dlrm_rs.EmbeddingBagConfig
         tables = [table("t", 20, 5, ["a", "b"]), table("u", 30, 3, ["c"], "mean", data_type="bf16")]
         tables.append(table("v", 160_000, 64, ["d"]))
-        self.many = dlrm_rs.EmbeddingBagCollection(tables, optimizer=dlrm_rs.optim.RowWiseAdagrad(lr=0.1))
-        self.largest = dlrm_rs.EmbeddingBag(20, 4, mode="max", optimizer=dlrm_rs.optim.Adam(lr=0.1, update="step"))
+        self.many = dlrm_rs.EmbeddingBagCollection(
+            tables, optimizer=dlrm_rs.optim.RowWiseAdagrad(lr=0.1, clip_norm=0.01)
+        )
+        adam = dlrm_rs.optim.Adam(lr=0.1, update="step", clip_norm=0.01)
+        self.largest = dlrm_rs.EmbeddingBag(20, 4, mode="max", optimizer=adam)
         self.weighted = dlrm_rs.EmbeddingBag(20, 4, mode="sum", optimizer=SGD)
         self.codes = dlrm_rs.EmbeddingBag(20, 4, mode="sum", dtype="int4")
         self.frozen = dlrm_rs.EmbeddingBag(20, 4, mode="sum").requires_grad_(False)

@@ -48,7 +48,7 @@ fn update(bencher: Bencher, case: &Case) {
     let mut workload = Workload::new(case.sizes);
     workload.set_optimizer(case.kind, &context).expect("memory for the state");
     let value = |name: &&str| match *name {
-        "clip_value" | "max_norm" => f64::INFINITY,
+        "clip_norm" | "clip_value" | "max_norm" => f64::INFINITY,
         "nesterov" | "weight_decay" | "decoupled_weight_decay" => 0.0,
         _ => 1e-4,
     };

@@ -297,7 +297,8 @@ class TableSet:
             trainable: `(T,)`; a table whose flag is false stays as it is.
             scale_grad_by_freq: `(T,)`; whether the gradient of a row is divided by the number of its occurrences in the
                 call.
-            factor: by what the gradient of a row is multiplied; 1 for nothing.
+            factor: by what the gradient of a row is multiplied; 1 for nothing. After that, all are scaled down to the norm
+                that is the groups' `"clip_norm"`; `FloatingPointError` if they have none that is finite.
             groups: for each table its `torch.optim` parameter group, in which the optimizer's hyperparameters are read
                 by torch's names; `None` is no bound. `"step"` counts updates from 1; with `"seed"` and the place of an
                 element it decides how fp16 and bf16 rows are rounded.
@@ -387,6 +388,14 @@ class Prepared:
             per_sample_weights: as above.
         """
 
+    def clipped_factor(
+        self, argmax: NDArray[np.int32] | None, grad: _F32, factor: float, groups: Sequence[Mapping[str, Any]]
+    ) -> float:
+        """The factor for `update` by which the norm of all gradients is at most the groups' `"clip_norm"`.
+
+        `FloatingPointError`: the norm is infinite or NaN. Arguments as there.
+        """
+
     def update(
         self,
         argmax: NDArray[np.int32] | None,
@@ -396,7 +405,7 @@ class Prepared:
         overlap: Overlap | None = None,
         part: str | None = None,
     ) -> None:
-        """As `TableSet.update`, of all rows of the call, or of some.
+        """As `TableSet.update`, of all rows of the call, or of some; by gradients that are not clipped by norm any more.
 
         Args:
             argmax: as there.

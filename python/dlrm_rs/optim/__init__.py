@@ -12,7 +12,8 @@ Two ways to step, by `update` of the spec:
 - `"step"`: backward keeps the gradient of what was looked up (`B` rows, not those of the tables), and
   `fused_optimizer.step()` runs the update once, on the sums of all that was kept: the same bits as of one batch;
   `zero_grad()` drops it. All of these work then as with torch's optimizers, `torch.amp.GradScaler` included.
-  (`clip_grad_norm_` does not see these gradients in either way; `clip_value` is of the spec.)
+  (`torch.nn.utils.clip_grad_norm_` does not see these gradients in either way; `clip_norm` and `clip_value` are of the
+  spec.)
 
 Updates are lazy: a row that no bag of a step has stays as it is, and so does its state, as with
 `torch.optim.SparseAdam`. Weight decay, too, touches only the rows of the step.

@@ -27,6 +27,8 @@ __all__ = [
 
 # Of how a spec is used, not of its formula: not in parameter groups.
 _USES = ("table_lr", "split_bf16", "initial_accumulator_value")
+# None for no bound.
+_BOUNDS = ("clip_norm", "clip_value", "max_norm")
 # Decay by this much leaves less than nothing.
 _BELOW_ONE = ("betas", "momentum", "alpha")
 
@@ -37,6 +39,9 @@ class OptimizerSpec:
 
     Args:
         lr: Learning rate, at least 0.
+        clip_norm: Gradients are scaled down to at most this 2-norm, that over all rows of all tables of a step, by
+            `min(1, clip_norm / (norm + 1e-6))` (`torch.nn.utils.clip_grad_norm_`); before `clip_value`. A norm that is
+            infinite or NaN is refused by a `FloatingPointError`; the tables stay as they are.
         clip_value: Elements of a row's gradient are clamped to at most this size (`torch.nn.utils.clip_grad_value_`).
         max_norm: A row that is longer (2-norm) after its update is scaled down to this.
         table_lr: Learning rates of some tables by name, each then a parameter group; the others have `lr`.
@@ -54,6 +59,7 @@ class OptimizerSpec:
 
     lr: float
     _: KW_ONLY
+    clip_norm: float | None = None
     clip_value: float | None = None
     max_norm: float | None = None
     table_lr: Mapping[str, float] = field(default_factory=dict)
@@ -71,7 +77,7 @@ class OptimizerSpec:
             if name in ("update", "check_finite", "split_bf16", "nesterov", "decoupled_weight_decay"):
                 continue
             for number in value if name == "betas" else (value,):
-                if not (number is None and name in ("clip_value", "max_norm")):
+                if not (number is None and name in _BOUNDS):
                     _check_number(name, number)
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -357,7 +363,7 @@ def _check_number(name: str, value: object) -> None:
         )
     if name in _BELOW_ONE and _float32(value) >= 1:
         raise ValueError(f"{name}: expected a number from 0 to below 1, got {value}")
-    if name in ("clip_value", "max_norm") and not _float32(value):
+    if name in _BOUNDS and not _float32(value):
         raise ValueError(f"{name}: expected None or a number above 0, got {value}")
     if name == "seed" and (not isinstance(value, int) or value >= 2**64):
         raise ValueError(f"seed: expected an int below 2**64, got {value}")

@@ -98,6 +98,7 @@ class Visit:
         self._sent: Sent | None = None
         self._taken = False
         self._gradient: Fetched | None = None
+        self._factor = 1.0
         self._groups: list[dict[str, Any]] = []
 
     def is_of(self, features: KeyedJaggedTensor) -> bool:
@@ -132,7 +133,7 @@ class Visit:
     def lookup(self, overlap: Overlap | None = None, part: str = "") -> None:
         """Look all bags up, or those on one side of the overlap of the batch before with this."""
         assert self._out is not None
-        out, argmax = as_array(self._out), None if self._argmax is None else self._argmax.numpy()
+        out, argmax = as_array(self._out), self._argmax_array()
         if overlap is None:
             self._memory.handle.lookup(*self._arrays, out, argmax)
         else:
@@ -148,7 +149,7 @@ class Visit:
         """Wait for the gradient, if one has been left.
 
         Raises:
-            FloatingPointError: It has an infinity or a NaN, and that is to be refused.
+            FloatingPointError: It has an infinity or a NaN, and that is to be refused, or its norm is to be clipped.
         """
         if self._gradient is None:
             return
@@ -162,15 +163,20 @@ class Visit:
         if self._memory.overlaps(grad):
             grad = grad.clone()  # the update would write to what it still has to read
         self._grad = grad.numpy()
+        if True in self._trainable and any(group["clip_norm"] is not None for group in self._groups):
+            # By the norm of all rows, before the first of them moves.
+            self._factor = self._prepared.clipped_factor(self._argmax_array(), self._grad, 1.0, self._groups)
 
     def update(self, overlap: Overlap | None = None, part: str | None = None) -> None:
         """Update all rows by the gradient, or those on one side of the overlap of this batch with the next."""
         if self._gradient is None or True not in self._trainable:
             return
-        argmax = None if self._argmax is None else self._argmax.numpy()
-        self._prepared.update(argmax, self._grad, 1.0, self._groups, overlap, part)
+        self._prepared.update(self._argmax_array(), self._grad, self._factor, self._groups, overlap, part)
         trained = zip(self._weights, self._trainable, strict=True)
         increment_version([weight for weight, is_trained in trained if is_trained])
+
+    def _argmax_array(self) -> Any:
+        return None if self._argmax is None else self._argmax.numpy()
 
     def drop(self) -> None:
         """Give up the update by a gradient that has been left."""

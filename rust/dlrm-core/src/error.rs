@@ -38,6 +38,15 @@ pub enum Error {
         /// What came.
         got: String,
     },
+    /// A gradient that is to be clipped and has no norm.
+    #[error(
+        "gradient: expected finite numbers, since clip_norm scales all by their norm, got a norm of {norm}; the tables \
+         are as they were"
+    )]
+    NotFinite {
+        /// The norm, in words.
+        norm: String,
+    },
     /// Memory that cannot be had.
     #[error("cannot allocate {what}: {bytes} bytes asked, {reason}")]
     Memory {

@@ -253,6 +253,11 @@ impl WeightsGradient<'_> {
 }
 
 impl<'a> Target<'a> {
+    /// None of a table's rows of `dim` elements, where their gradients are only looked at.
+    pub(crate) fn nowhere(dim: usize) -> Self {
+        Self::stored(&mut [], dim, Some(&[]))
+    }
+
     /// A target for [`Store`]: all rows of a table, or the `rows` of it.
     fn stored(weights: &'a mut [f32], dim: usize, rows: Option<&'a [i64]>) -> Self {
         let state = [Disjoint::new(&mut []), Disjoint::new(&mut [])];

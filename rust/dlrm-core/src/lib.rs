@@ -23,6 +23,7 @@
 //! ```
 
 mod bags;
+mod clip;
 mod codebook;
 mod context;
 mod disjoint;

@@ -23,10 +23,15 @@ impl TableSet {
     ) -> Result<()> {
         self.check_optimizers(optimizers)?;
         let prepared = self.prepare(bags, gradient.trainable, ctx)?;
+        let factor = self.clipped_factor(&prepared, gradient, optimizers, ctx)?;
+        let gradient = &Gradient { factor, ..*gradient };
         self.run_optimizers(&prepared.backward(self, gradient)?, gradient, optimizers, ctx)
     }
 
     /// [`TableSet::update`] of a prepared call: of all its rows, or of those on one side of its overlap with another.
+    ///
+    /// Nothing is clipped by norm here, as some rows do not tell that of all: [`TableSet::clipped_factor`] gives the factor
+    /// that does.
     pub fn update_prepared(
         &self,
         prepared: &Prepared,

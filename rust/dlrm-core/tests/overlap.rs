@@ -58,7 +58,9 @@ fn train(case: &Case, kind: Kind, parted: bool, ctx: &Context) -> Trained {
             set.lookup_part(&overlap, part, &calls[1], out, Some(&mut second_argmax), ctx).unwrap();
         };
         let update = |k: usize, part, gradient: &Gradient| {
-            set.update_prepared(&prepared[k], part, gradient, &optimizer, ctx).unwrap();
+            let factor = set.clipped_factor(&prepared[k], gradient, &optimizer, ctx).unwrap();
+            let gradient = Gradient { factor, ..*gradient };
+            set.update_prepared(&prepared[k], part, &gradient, &optimizer, ctx).unwrap();
         };
         look(Part::Apart);
         update(0, Some((&overlap, Part::Shared)), &gradient(&grads[0], &first));

@@ -218,9 +218,12 @@ fn expected_trained(case: &Case, kind: Kind, steps: u64) -> Vec<Vec<f64>> {
         for (i, g) in from.output.iter_mut().enumerate() {
             *g = noise(step, i);
         }
-        for (t, rows) in expected_gradient(case, &arrays, &from, false).into_iter().enumerate() {
+        let gradients = expected_gradient(case, &arrays, &from, false);
+        let ratio = formulas::clip_ratio(kind, gradients.iter().flat_map(BTreeMap::values).flatten());
+        for (t, rows) in gradients.into_iter().enumerate() {
             for (row, gradient) in rows {
-                tables[t][row].update(kind, &gradient, step);
+                let clipped: Vec<_> = gradient.iter().map(|g| g * ratio).collect();
+                tables[t][row].update(kind, &clipped, step);
             }
         }
     }
@@ -315,6 +318,67 @@ fn a_factor_multiplies_the_gradient_of_every_row() {
         (0..3).flat_map(|t| contents(&set, t)).map(|x| bits(&x)).collect::<Vec<_>>()
     };
     assert!(trained(1.0) == trained(1024.0));
+}
+
+#[test]
+fn the_norm_is_that_of_all_trainable_tables_and_has_the_same_bits_everywhere() {
+    let kind = Kind::RowWiseAdagrad; // which is clipped
+    for pooling in Pooling::ALL {
+        let case = large_case(pooling);
+        let (set, arrays) = (case.set(&Context::default()), case.arrays());
+        set.set_optimizer(kind, false, &Context::default()).unwrap();
+        let mut from = from_model(&case, &set, &arrays);
+        from.trainable[1] = false;
+        from.output.iter_mut().for_each(|g| *g *= 50.0);
+        let gradient = Gradient { factor: 0.125, ..from.gradient(true) };
+        let bags = case.call(&arrays);
+        let mut rows = expected_gradient(&case, &arrays, &from, true);
+        rows.remove(1);
+        let scaled: Vec<_> = rows.iter().flat_map(BTreeMap::values).flatten().map(|g| g * 0.125).collect();
+        let expected = 0.125 * formulas::clip_ratio(kind, scaled.iter());
+        assert!(expected < 0.12, "nothing to clip: {expected}");
+        for ctx in contexts() {
+            let prepared = set.prepare(&bags, &from.trainable, &ctx).unwrap();
+            let factor = set.clipped_factor(&prepared, &gradient, &optimizers(kind, 1, 3), &ctx).unwrap();
+            assert!((f64::from(factor) - expected).abs() < 1e-6 * expected, "{factor}, expected {expected}");
+            let first =
+                set.clipped_factor(&prepared, &gradient, &optimizers(kind, 1, 3), &contexts()[0]).unwrap();
+            assert_eq!(factor.to_bits(), first.to_bits());
+            let none = set.clipped_factor(&prepared, &gradient, &optimizers(Kind::Sgd, 1, 3), &ctx).unwrap();
+            assert_eq!(none.to_bits(), 0.125_f32.to_bits());
+        }
+    }
+}
+
+#[test]
+fn gradients_without_a_norm_are_not_clipped_but_refused() {
+    let kind = Kind::RowWiseAdagrad;
+    let case = large_case(Pooling::Sum);
+    let ctx = Context::default();
+    let (set, arrays) = (case.set(&ctx), case.arrays());
+    set.set_optimizer(kind, false, &ctx).unwrap();
+    let mut from = from_model(&case, &set, &arrays);
+    let before: Vec<_> = (0..3).flat_map(|t| contents(&set, t)).map(|x| bits(&x)).collect();
+    for value in [f32::NAN, f32::INFINITY] {
+        let last = from.output.len() - 1;
+        let good = std::mem::replace(&mut from.output[last], value);
+        let refused = set.update(&case.call(&arrays), &from.gradient(false), &optimizers(kind, 1, 3), &ctx);
+        assert!(matches!(refused, Err(Error::NotFinite { .. })), "{refused:?}");
+        from.output[last] = good;
+    }
+    let mut values = formulas::values(kind);
+    values[kind.hyperparameters().iter().position(|&name| name == "clip_norm").unwrap()] = 1.5;
+    let other = Optimizer::new(kind, &values, Step { number: 1, seed: 5 }).unwrap();
+    let mixed = [&optimizers(kind, 1, 2)[..], &[other]].concat();
+    let refused =
+        set.update(&case.call(&arrays), &from.gradient(false), &mixed, &ctx).unwrap_err().to_string();
+    assert!(refused.starts_with("clip_norm: expected one bound for all tables"), "{refused}");
+    assert!(refused.ends_with("got 12 and 1.5"), "{refused}");
+    assert!(before == (0..3).flat_map(|t| contents(&set, t)).map(|x| bits(&x)).collect::<Vec<_>>());
+    // Squares of numbers that float32 has are no infinity.
+    from.output.fill(1e30);
+    set.update(&case.call(&arrays), &from.gradient(false), &optimizers(kind, 1, 3), &ctx).unwrap();
+    assert!((0..3).all(|t| contents(&set, t).iter().flatten().all(|x| x.is_finite())));
 }
 
 /// Brings all tables into another format.
@@ -546,6 +610,7 @@ fn hyperparameters_are_checked() {
         ("eps", 0.0, "eps"),
         ("beta1", 1.0, "beta1: expected a number from 0 to below 1"),
         ("weight_decay", f64::INFINITY, "weight_decay"),
+        ("clip_norm", f64::NAN, "clip_norm: expected a number above 0"),
         ("clip_value", 0.0, "clip_value: expected a number above 0"),
         ("max_norm", -1.0, "max_norm"),
         ("decoupled_weight_decay", 0.5, "decoupled_weight_decay: expected 0 or 1"),

@@ -3,7 +3,8 @@
 use dlrm_core::Error;
 use pyo3::PyErr;
 use pyo3::exceptions::{
-    PyIndexError, PyKeyboardInterrupt, PyMemoryError, PyOSError, PyRuntimeError, PyValueError,
+    PyFloatingPointError, PyIndexError, PyKeyboardInterrupt, PyMemoryError, PyOSError, PyRuntimeError,
+    PyValueError,
 };
 
 /// An engine error on its way to Python.
@@ -21,6 +22,7 @@ impl From<BindingError> for PyErr {
         match error {
             Error::Id { .. } => PyIndexError::new_err(message),
             Error::Argument { .. } => PyValueError::new_err(message),
+            Error::NotFinite { .. } => PyFloatingPointError::new_err(message),
             Error::Memory { .. } => PyMemoryError::new_err(message),
             Error::Threads { .. } => PyOSError::new_err(message),
             Error::Reentered => PyRuntimeError::new_err(message),

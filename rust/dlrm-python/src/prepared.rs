@@ -59,6 +59,21 @@ impl Prepared {
         Ok(Overlap { set: self.set.clone_ref(py), calls: overlap })
     }
 
+    fn clipped_factor(
+        &self,
+        py: Python<'_>,
+        argmax: Option<Any<'_, '_>>,
+        grad: Any<'_, '_>,
+        factor: f32,
+        groups: Vec<Bound<'_, PyMapping>>,
+    ) -> PyResult<f32> {
+        let set = &self.set.get().0;
+        let gradient = self.gradient(argmax, grad)?;
+        let gradient = Gradient { factor, ..gradient.gradient()? };
+        let optimizers = fused_optimizers(set, &groups)?;
+        call(py, |ctx| set.clipped_factor(&self.call, &gradient, &optimizers, ctx))
+    }
+
     #[pyo3(signature = (argmax, grad, factor, groups, overlap=None, part=None))]
     fn update(
         &self,
@@ -71,13 +86,22 @@ impl Prepared {
         part: Option<&str>,
     ) -> PyResult<()> {
         let set = &self.set.get().0;
-        let (trainable, scale) = (self.trainable.clone(), self.scale_grad_by_freq.clone());
-        let gradient = GradientArrays::new(argmax, grad, trainable, scale)?;
+        let gradient = self.gradient(argmax, grad)?;
         let gradient = Gradient { factor, ..gradient.gradient()? };
         let optimizers = fused_optimizers(set, &groups)?;
         let part = part.map(str::parse::<Part>).transpose().map_err(BindingError)?;
         let part = overlap.zip(part).map(|(overlap, part)| (&overlap.calls, part));
         call(py, |ctx| set.update_prepared(&self.call, part, &gradient, &optimizers, ctx))
+    }
+}
+
+impl Prepared {
+    fn gradient<'py>(
+        &self,
+        argmax: Option<Any<'_, 'py>>,
+        grad: Any<'_, 'py>,
+    ) -> PyResult<GradientArrays<'py>> {
+        GradientArrays::new(argmax, grad, self.trainable.clone(), self.scale_grad_by_freq.clone())
     }
 }
 

@@ -100,6 +100,44 @@ impl Touched<'_> {
     }
 }
 
+impl Touched<'_> {
+    /// The sum of the squares of their gradients.
+    pub(crate) fn squares(self, level: Level) -> f64 {
+        let mut gradients = Vec::new();
+        let gradients = aligned(&mut gradients, ROWS * self.target.dim);
+        let mut rows = [0; ROWS];
+        let (mut begin, mut sum) = (0, 0.0);
+        while begin < self.run.len() {
+            let reduce =
+                Reduce { touched: &self, begin, rows: &mut rows, needed: true, into: &mut *gradients };
+            let (count, end) = level.run(reduce);
+            sum += level.run(Squares { of: &gradients[..count * self.target.dim] });
+            begin = end;
+        }
+        sum
+    }
+}
+
+/// The sum of squares in float64, where that of no float32 overflows.
+struct Squares<'a> {
+    of: &'a [f32],
+}
+
+impl Kernel for Squares<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) -> f64 {
+        let mut sums = [0.0; LANES];
+        for some in self.of.chunks(LANES) {
+            for (sum, &x) in sums.iter_mut().zip(some) {
+                *sum += f64::from(x) * f64::from(x);
+            }
+        }
+        sums.iter().sum()
+    }
+}
+
 /// `len` zeros in `memory`, from the beginning of a cache line on: vectors that cross two take twice as long.
 fn aligned(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
     memory.resize(len + LANES, 0.0);

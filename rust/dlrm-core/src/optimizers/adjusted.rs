@@ -1,4 +1,5 @@
-//! What every optimizer can have: gradients clipped, weight decay, and a largest norm of rows.
+//! What every optimizer can have: gradients clipped by value (`clip` has the norm, which comes before), weight decay, and a
+//! largest norm of rows.
 //!
 //! ```text
 //! g = clamp(g, -clip_value, clip_value)

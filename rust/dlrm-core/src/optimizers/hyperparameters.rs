@@ -59,7 +59,7 @@ fn bounds(kind: Kind, name: &str, value: f64) -> (bool, &'static str) {
         "lr" if kind == Kind::Ftrl => (x > 0.0 && x.is_finite(), "a finite number above 0 in float32"),
         "eps" => (x > 0.0 && x.is_finite(), "a finite number above 0 in float32"),
         "beta1" | "beta2" | "momentum" | "alpha" => ((0.0..1.0).contains(&x), "a number from 0 to below 1"),
-        "clip_value" | "max_norm" => (x > 0.0, "a number above 0, infinity for no bound"),
+        "clip_norm" | "clip_value" | "max_norm" => (x > 0.0, "a number above 0, infinity for no bound"),
         "nesterov" | "decoupled_weight_decay" => ([0.0, 1.0].contains(&value), "0 or 1"),
         _ => (value >= 0.0 && x.is_finite(), "a finite number in float32, at least 0"),
     }

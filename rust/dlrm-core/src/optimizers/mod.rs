@@ -123,7 +123,7 @@ macro_rules! optimizers {
 /// The names of `$first`, then those of the adjustments.
 macro_rules! adjusted {
     ($($first:literal),*) => {
-        &[$($first,)* "weight_decay", "decoupled_weight_decay", "clip_value", "max_norm"]
+        &[$($first,)* "weight_decay", "decoupled_weight_decay", "clip_norm", "clip_value", "max_norm"]
     };
 }
 
@@ -144,19 +144,19 @@ optimizers! {
     PartialRowWiseAdam, "partial_rowwise_adam", adjusted!["lr", "beta1", "beta2", "eps"],
         [StatePart::of_elements("exp_avg"), StatePart::of_rows("exp_avg_sq")];
     /// LAMB, with a row for a layer.
-    Lamb, "lamb", &["lr", "beta1", "beta2", "eps", "weight_decay", "clip_value", "max_norm"],
+    Lamb, "lamb", &["lr", "beta1", "beta2", "eps", "weight_decay", "clip_norm", "clip_value", "max_norm"],
         [StatePart::of_elements("exp_avg"), StatePart::of_elements("exp_avg_sq")];
     /// LAMB with one second moment for each row.
     PartialRowWiseLamb, "partial_rowwise_lamb",
-        &["lr", "beta1", "beta2", "eps", "weight_decay", "clip_value", "max_norm"],
+        &["lr", "beta1", "beta2", "eps", "weight_decay", "clip_norm", "clip_value", "max_norm"],
         [StatePart::of_elements("exp_avg"), StatePart::of_rows("exp_avg_sq")];
     /// LARS, with a row for a layer.
-    LarsSgd, "lars_sgd", &["lr", "eta", "momentum", "weight_decay", "clip_value", "max_norm"],
+    LarsSgd, "lars_sgd", &["lr", "eta", "momentum", "weight_decay", "clip_norm", "clip_value", "max_norm"],
         [StatePart::of_elements("momentum_buffer")];
     /// `RMSprop`, one mean of mean squares for each row.
     RowWiseRmsprop, "rowwise_rmsprop", adjusted!["lr", "alpha", "eps"], [StatePart::of_rows("square_avg")];
     /// FTRL-Proximal.
-    Ftrl, "ftrl", &["lr", "beta", "l1", "l2", "clip_value", "max_norm"],
+    Ftrl, "ftrl", &["lr", "beta", "l1", "l2", "clip_norm", "clip_value", "max_norm"],
         [StatePart::of_elements("z"), StatePart::of_elements("n")];
 }
 
@@ -190,6 +190,7 @@ impl FromStr for Kind {
 pub struct Optimizer {
     kind: Kind,
     rule: AnyRule,
+    clip_norm: f64,
     step: Step,
 }
 
@@ -209,13 +210,13 @@ impl Optimizer {
     /// use dlrm_core::optimizers::{Kind, Optimizer, Step};
     ///
     /// let step = Step { number: 1, seed: 0 };
-    /// let none = [0.0, 0.0, f64::INFINITY, f64::INFINITY]; // neither weight decay nor bounds
+    /// let none = [0.0, 0.0, f64::INFINITY, f64::INFINITY, f64::INFINITY]; // neither weight decay nor bounds
     /// assert!(Optimizer::new(Kind::Sgd, &[&[0.1], &none[..]].concat(), step).is_ok());
     /// assert!(Optimizer::new(Kind::Sgd, &[&[-0.1], &none[..]].concat(), step).is_err());
     /// ```
     pub fn new(kind: Kind, values: &[f64], step: Step) -> Result<Self> {
         let values = Hyperparameters::new(kind, values, step.number)?;
-        Ok(Self { kind, rule: AnyRule::new(kind, &values), step })
+        Ok(Self { kind, rule: AnyRule::new(kind, &values), clip_norm: values.precise("clip_norm"), step })
     }
 
     /// Which it is.
@@ -228,6 +229,11 @@ impl Optimizer {
     #[must_use]
     pub const fn step(&self) -> Step {
         self.step
+    }
+
+    /// The largest norm of all gradients of a call; infinity for no bound.
+    pub(crate) const fn clip_norm(&self) -> f64 {
+        self.clip_norm
     }
 
     /// Changes the rows.

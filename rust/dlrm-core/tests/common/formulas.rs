@@ -2,7 +2,7 @@
 
 use dlrm_core::optimizers::{Kind, Optimizer, Step};
 
-/// A value for every hyperparameter, none of which leaves its term out.
+/// A value for every hyperparameter, none of which leaves its term out, but that every other optimizer does not clip by norm.
 pub(crate) fn value(kind: Kind, name: &str) -> f64 {
     match name {
         "lr" if kind == Kind::Adagrad || kind == Kind::RowWiseAdagrad => 0.1,
@@ -15,6 +15,8 @@ pub(crate) fn value(kind: Kind, name: &str) -> f64 {
         "l1" | "eta" => 0.1,
         "l2" | "weight_decay" => 0.01,
         "decoupled_weight_decay" => f64::from(kind == Kind::Adam),
+        "clip_norm" if Kind::ALL.iter().position(|&one| one == kind).unwrap() % 2 == 0 => f64::INFINITY,
+        "clip_norm" => 12.0,
         "clip_value" => 0.7,
         "max_norm" => 2.5,
         other => panic!("no value for {other}"),
@@ -30,6 +32,12 @@ pub(crate) fn optimizers(kind: Kind, number: u64, tables: usize) -> Vec<Optimize
     vec![Optimizer::new(kind, &values(kind), Step { number, seed: 5 }).unwrap(); tables]
 }
 
+/// By what all gradients of a step are multiplied, whose elements these are.
+pub(crate) fn clip_ratio<'a>(kind: Kind, elements: impl Iterator<Item = &'a f64>) -> f64 {
+    let norm = elements.map(|x| x * x).sum::<f64>().sqrt();
+    (value(kind, "clip_norm") / (norm + 1e-6)).min(1.0)
+}
+
 fn norm(row: &[f64]) -> f64 {
     row.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
@@ -42,7 +50,7 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// One update, number `step`.
+    /// One update, number `step`, by a gradient that has been clipped by norm.
     pub(crate) fn update(&mut self, kind: Kind, gradient: &[f64], step: u64) {
         let of = |name: &str| value(kind, name);
         let has = |name: &str| kind.hyperparameters().contains(&name);
