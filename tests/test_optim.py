@@ -235,10 +235,10 @@ def test_bad_specs(make: Any, error: type[Exception], words: str) -> None:
         make()
 
 
-def fused(spec: OptimizerSpec) -> tuple[dlrm_rs.EmbeddingBag, dlrm_rs.optim.FusedOptimizer]:
+def fused(spec: OptimizerSpec, dtype: str = "fp32") -> tuple[dlrm_rs.EmbeddingBag, dlrm_rs.optim.FusedOptimizer]:
     """A module and its optimizer."""
     torch.manual_seed(2)
-    module = dlrm_rs.EmbeddingBag(20, 5, mode="sum", optimizer=spec)
+    module = dlrm_rs.EmbeddingBag(20, 5, mode="sum", dtype=dtype, optimizer=spec)
     assert module.fused_optimizer is not None
     return module, module.fused_optimizer
 
@@ -250,23 +250,28 @@ def train(module: dlrm_rs.EmbeddingBag, batches: list[Batch]) -> None:
 
 
 @each_spec
-def test_a_checkpoint_resumes_to_the_same_bits(spec: OptimizerSpec) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "split"])
+def test_a_checkpoint_resumes_to_the_same_bits(dtype: str, spec: OptimizerSpec) -> None:
+    if dtype == "split":
+        dtype, spec = "bf16", dataclasses.replace(spec, split_bf16=True)
     batches = [batch(20, 16) for _ in range(10)]
-    straight, _ = fused(spec)
+    straight, expected = fused(spec, dtype)
     train(straight, batches)
 
-    first, optimizer = fused(spec)
+    first, optimizer = fused(spec, dtype)
     train(first, batches[:5])
     file = io.BytesIO()
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
     checkpoint = torch.load(file, weights_only=True)
-    second, optimizer = fused(spec)
+    second, optimizer = fused(spec, dtype)
     torch.nn.init.zeros_(second.weight)
     second.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     train(second, batches[5:])
     assert torch.equal(second.weight, straight.weight)
+    states = zip(optimizer.state[second.weight].values(), expected.state[straight.weight].values(), strict=True)
+    assert all(got.dtype is wanted.dtype and torch.equal(got, wanted) for got, wanted in states)
 
 
 def test_state_is_the_engines_memory_before_and_after_a_load() -> None:

@@ -226,14 +226,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: It is of another optimizer or of other tables; nothing has changed then.
         """
         groups, state = self.param_groups, self.state
+        loaded: list[dict[str, Any]] = []
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
         try:
             super().load_state_dict(state_dict)
             for group, present in zip(self.param_groups, groups, strict=True):
                 self._check_group(group, present)
+            self._take_exactly(loaded[0])
             self.attach(self._weights(), self._views)
         except BaseException:
             self.param_groups, self.state = groups, state
             raise
+        finally:
+            hook.remove()
+
+    def _take_exactly(self, state_dict: Mapping[str, Any]) -> None:
+        """Make the state that of a checkpoint once more: torch has brought it to the dtype of the rows."""
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        present = [weight for group in self.param_groups for weight in group["params"]]
+        states = state_dict["state"]
+        self.state.update(
+            {w: dict(states[number]) for number, w in zip(saved, present, strict=True) if number in states}
+        )
 
     def _check_group(self, loaded: Mapping[str, Any], present: Mapping[str, Any]) -> None:
         # Other keys are torch's, such as a scheduler's `initial_lr`.
