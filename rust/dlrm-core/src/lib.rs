@@ -23,6 +23,7 @@
 //! ```
 
 mod bags;
+mod cache;
 mod clip;
 mod codebook;
 mod context;
@@ -63,6 +64,7 @@ mod update;
 mod weights;
 
 pub use bags::{Bags, Ids, Offsets};
+pub use cache::{CacheParts, WAYS};
 pub use context::Context;
 pub use encode::{Encoded, Encoding, Method, RowErrors};
 pub use error::{Error, Result};

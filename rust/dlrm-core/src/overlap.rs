@@ -1,7 +1,8 @@
 //! The overlap of two calls: the rows that an update of the first changes and a lookup of the second reads.
 //!
 //! It parts the first call's rows and the second call's bags, each into those with the overlap and those without (the
-//! bags of a feature where few are without count as with it). The
+//! bags of a feature where few are without count as with it, and so do all rows and bags of a table with a cache, whose
+//! update may move rows that neither call touches). The
 //! second call's bags without can be looked up before the first call is updated, and the first call's rows without can be
 //! updated after the second is looked up; the result has the same bits as when all is done in turn:
 //!
@@ -136,16 +137,22 @@ impl TableSet {
             return Err(Error::argument("bags", expected, format_args!("{} ids", bags.len())));
         }
         let (updated, wanted) = (first.filters(ctx)?, second.filters(ctx)?);
-        let occurrences = first.occurrences.part(|t, row| wanted[t].may_have(row as u64), ctx)?;
+        let cached: Vec<_> =
+            self.tables.read(|tables| tables.iter().map(|one| one.rows.cache.is_some()).collect())?;
+        let occurrences =
+            first.occurrences.part(|t, row| cached[t] || wanted[t].may_have(row as u64), ctx)?;
         let mut features: Vec<_> = self.features.iter().map(|_| FeatureBags::Whole(Part::Shared)).collect();
         {
             let features = Disjoint::new(&mut features);
             threads::for_each(ctx, self.features.len(), bags.len(), |f| {
+                let table = self.features[f].table;
+                if cached[table] {
+                    return;
+                }
                 #[expect(unsafe_code, reason = "features are disjoint")]
                 // SAFETY: each feature comes once.
                 let into = unsafe { &mut features.piece(f..f + 1)[0] };
-                let updated = &updated[self.features[f].table];
-                *into = with_ids!(bags.ids, |ids| FeatureBags::new(bags, f, ids, updated));
+                *into = with_ids!(bags.ids, |ids| FeatureBags::new(bags, f, ids, &updated[table]));
             })?;
         }
         Ok(Overlap { occurrences, features, ids: second.ids, output_len: second.output_len })

@@ -144,6 +144,11 @@ impl TableRows {
             let argument = format!("rows of table '{}'", spec.name);
             return Err(Error::argument(argument, "evenly spaced codes, which the layout has", "a codebook"));
         }
+        if self.cache.is_some() {
+            let argument = format!("rows of table '{}'", spec.name);
+            let got = "hot rows in fp32; quantize the module with hot_rows=0 first";
+            return Err(Error::argument(argument, "rows that are all in codes", got));
+        }
         let scale_format = layout.scale_format(format);
         let scales = Scales::new(self.scale_format, self.scales.as_slice());
         let (codes_at, pair_at) = layout.parts(format, dim);

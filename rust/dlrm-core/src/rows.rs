@@ -4,6 +4,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::cache::CachedRows;
 use crate::kernels::{LANES, Lanes, Simd, sum};
 use crate::scales::Scales;
 
@@ -329,7 +330,8 @@ impl<P: Packing<Unit = u16>> Rows for HalfRows<'_, P> {
     }
 }
 
-/// Rows of a quantized format: an element is `scale * code + bias`, rounded after the product and after the sum.
+/// Rows of a quantized format: an element is `scale * code + bias`, rounded after the product and after the sum; those of
+/// cached rows are as they are.
 ///
 /// So a pooled row has the same bits as one pooled over the decoded rows.
 #[derive(Clone, Copy)]
@@ -339,6 +341,8 @@ pub(crate) struct QuantizedRows<'a, P> {
     pub(crate) scales: Scales<'a>,
     pub(crate) row_bytes: usize,
     pub(crate) dim: usize,
+    /// The rows that are not in codes.
+    pub(crate) cache: CachedRows<'a>,
 }
 
 impl<P: Packing<Unit = u8>> Rows for QuantizedRows<'_, P> {
@@ -360,6 +364,11 @@ impl<P: Packing<Unit = u8>> Rows for QuantizedRows<'_, P> {
         at: usize,
     ) -> [S::V; COUNT] {
         let [scale, bias] = self.scales.get(row);
+        if scale.is_nan()
+            && let Some(cached) = self.cache.get(row, self.scales, self.dim)
+        {
+            return sum::load::<S, COUNT, WHOLE>(simd, cached, at);
+        }
         let groups = groups::<P, COUNT, WHOLE>(&self.codes[row * self.row_bytes..][..self.row_bytes], at);
         let mut loaded = self.packing.load_scaled(simd, &groups, [simd.splat(scale), simd.splat(bias)]);
         if !WHOLE {

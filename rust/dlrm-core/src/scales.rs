@@ -151,6 +151,16 @@ impl<'a> Scales<'a> {
         }
     }
 
+    /// The way of a row that a cache has, if it is [marked](mark) as one.
+    #[inline(always)]
+    pub(crate) fn way(self, row: usize) -> Option<usize> {
+        let [scale, way] = match self {
+            Self::Fp32(pairs) => pairs[row].map(|x| (x.to_bits() >> 16) as u16),
+            Self::Fp16(pairs) | Self::Bf16(pairs) => pairs[row],
+        };
+        (scale == CACHED).then_some(usize::from(way))
+    }
+
     /// Where a row's are, for prefetching only.
     #[inline(always)]
     pub(crate) fn address(self, row: usize) -> *const u8 {
@@ -189,6 +199,21 @@ pub(crate) fn store(format: ScaleFormat, bytes: &mut [u8], row: usize, pair: [f3
         ScaleFormat::Fp32 => cast_slice_mut(bytes)[row] = pair,
         ScaleFormat::Fp16 => cast_slice_mut(bytes)[row] = pair.map(fp16_bits),
         ScaleFormat::Bf16 => cast_slice_mut(bytes)[row] = pair.map(|x| (x.to_bits() >> 16) as u16),
+    }
+}
+
+/// The bits of the scale of a row that a cache has, the upper ones where there are 32: a NaN in every format, and not the
+/// one that rows which are not finite get.
+const CACHED: u16 = 0x7FE5;
+
+/// Marks row `row` as one that a cache has, in way `way`, which stands in the place of the bias.
+pub(crate) fn mark(format: ScaleFormat, bytes: &mut [u8], row: usize, way: usize) {
+    let pair = [CACHED, way as u16];
+    match format {
+        ScaleFormat::Fp32 => {
+            cast_slice_mut(bytes)[row] = pair.map(|half| f32::from_bits(u32::from(half) << 16));
+        }
+        ScaleFormat::Fp16 | ScaleFormat::Bf16 => cast_slice_mut(bytes)[row] = pair,
     }
 }
 
@@ -263,6 +288,10 @@ mod tests {
             }
             store(format, bytes, 3, [f32::NAN; 2]);
             assert!(Scales::new(format, bytes).get(3).iter().all(|x| x.is_nan()));
+            assert!((0..4).all(|row| Scales::new(format, bytes).way(row).is_none()));
+            mark(format, bytes, 3, 15);
+            assert!(Scales::new(format, bytes).get(3)[0].is_nan());
+            assert_eq!(Scales::new(format, bytes).way(3), Some(15));
         }
     }
 }

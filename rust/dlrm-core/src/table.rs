@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::cache::Cache;
 use crate::disjoint::Disjoint;
 use crate::kernels::codes::CodeRows;
 use crate::kernels::stochastic::{Half, HalfRows, Random};
@@ -71,6 +72,8 @@ pub struct TableMemory {
     pub payload: usize,
     /// Of the scales and biases of its rows.
     pub scales: usize,
+    /// Of the rows that are kept in fp32 because they are used most, and what is known of them.
+    pub cache: usize,
     /// Of its optimizer state.
     pub state: usize,
     /// Of the rest: what pages waste, and the engine's own description.
@@ -135,6 +138,7 @@ impl Table {
                 scale_format: rows.scale_format,
                 dim,
                 random,
+                ways: rows.cache.as_mut().map(Cache::ways),
             }),
         };
         let rows = self.spec.rows.max(1);
@@ -175,10 +179,12 @@ impl Table {
         const PAGE: usize = 4096;
         let wasted = |bytes: usize| bytes.next_multiple_of(PAGE) - bytes;
         let (payload, scales) = (self.rows.elements.bytes(), self.rows.scales.bytes());
+        let cache = self.rows.cache.iter().flat_map(Cache::memory);
         let state = self.state.iter().chain([&self.rows.low]);
-        let of_state: usize = state.clone().map(|part| wasted(part.bytes())).sum();
-        let state = state.map(Memory::bytes).sum();
-        let pages = wasted(payload) + wasted(scales) + of_state;
-        TableMemory { payload, scales, state, overhead: pages + size_of::<Self>() + self.spec.name.len() }
+        let of_rest: usize = cache.clone().chain(state.clone()).map(|part| wasted(part.bytes())).sum();
+        let (cache, state) = (cache.map(Memory::bytes).sum(), state.map(Memory::bytes).sum());
+        let pages = wasted(payload) + wasted(scales) + of_rest;
+        let overhead = pages + size_of::<Self>() + self.spec.name.len();
+        TableMemory { payload, scales, cache, state, overhead }
     }
 }

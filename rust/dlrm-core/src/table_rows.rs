@@ -1,5 +1,6 @@
 //! The rows of one table in memory, in one row format.
 
+use crate::cache::{Cache, CachedRows};
 use crate::encode::{Encoding, Method};
 use crate::kernels::{LANES, Lanes};
 use crate::memory::{Borrowed, Keeper, Memory};
@@ -28,6 +29,8 @@ pub struct TableRows {
     pub(crate) scale_format: ScaleFormat,
     /// What codes of 4 bits mean.
     pub(crate) codebook: Lanes,
+    /// The rows that are used most in fp32, where a quantized table keeps them.
+    pub(crate) cache: Option<Cache>,
 }
 
 impl TableRows {
@@ -71,6 +74,7 @@ impl TableRows {
             scales: memory(rows, pair_bytes(format, scales))?,
             scale_format: scales,
             codebook: UNIFORM,
+            cache: None,
         })
     }
 
@@ -109,6 +113,7 @@ impl TableRows {
             scales,
             scale_format,
             codebook: check_codebook(spec, codebook)?,
+            cache: None,
         })
     }
 
@@ -176,6 +181,9 @@ impl TableRows {
         let into = |bytes: usize| first * bytes..(first + rows.rows) * bytes;
         self.elements.as_mut_slice::<u8>()[into(row_bytes)].copy_from_slice(rows.elements.as_slice());
         self.scales.as_mut_slice::<u8>()[into(pair_bytes)].copy_from_slice(rows.scales.as_slice());
+        if let Some(cache) = &mut self.cache {
+            cache.forget(first..first + rows.rows);
+        }
     }
 
     /// Bytes of a row's scale and bias.
@@ -192,6 +200,7 @@ impl TableRows {
             scales: self.scales.as_slice(),
             scale_format: self.scale_format,
             codebook: &self.codebook,
+            cache: self.cache.as_ref().map_or(CachedRows::NONE, Cache::as_ref),
         }
     }
 }
@@ -215,6 +224,7 @@ pub(crate) struct RowsRef<'a> {
     pub(crate) scales: &'a [u8],
     pub(crate) scale_format: ScaleFormat,
     pub(crate) codebook: &'a Lanes,
+    pub(crate) cache: CachedRows<'a>,
 }
 
 impl<'a> RowsRef<'a> {
@@ -227,6 +237,7 @@ impl<'a> RowsRef<'a> {
             scales: &[],
             scale_format: ScaleFormat::Fp32,
             codebook: &UNIFORM,
+            cache: CachedRows::NONE,
         }
     }
 
@@ -241,6 +252,7 @@ impl<'a> RowsRef<'a> {
             scales: Scales::new(self.scale_format, self.scales),
             row_bytes: self.format.row_bytes(self.dim),
             dim: self.dim,
+            cache: self.cache,
         }
     }
 }

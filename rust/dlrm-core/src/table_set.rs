@@ -221,6 +221,15 @@ impl TableSet {
         })?
     }
 
+    /// Keeps as many rows of a table of codes in fp32 from now on, those that are touched most by [`TableSet::update`]: at
+    /// first none. The number is rounded up to a multiple of [`WAYS`](crate::WAYS).
+    pub fn add_cache(&self, table: usize, rows: usize, ctx: &Context) -> Result<()> {
+        self.tables.write(|tables| {
+            let Table { spec, rows: of, .. } = &mut tables[table];
+            of.add_cache(rows, &spec.name, ctx)
+        })?
+    }
+
     /// Encodes fp32 rows, `(n, D)`, by minmax in the table's own format, over those from `first` on.
     ///
     /// An error counts rows from `first`.

@@ -7,7 +7,7 @@ use crate::optimizers::{Kind, Optimizer, Step};
 use crate::overlap::{Overlap, Part};
 use crate::prepared::Prepared;
 use crate::table_set::TableSet;
-use crate::{Context, Error, Result};
+use crate::{Context, Error, Result, cache};
 
 impl TableSet {
     /// Sums the gradients of every touched row of every trainable table, then runs the table's optimizer once on the row.
@@ -75,7 +75,8 @@ impl TableSet {
             let targets = tables.iter_mut().enumerate();
             let targets: Vec<_> =
                 targets.map(|(t, table)| gradient.trainable[t].then(|| table.target(random(t)))).collect();
-            backward.apply(&targets, ctx, |t, touched, level| optimizers[t].apply(touched, level))
+            backward.apply(&targets, ctx, |t, touched, level| optimizers[t].apply(touched, level))?;
+            cache::follow(backward.occurrences, &targets, ctx)
         })?
     }
 }

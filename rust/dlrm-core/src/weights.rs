@@ -53,7 +53,10 @@ impl Weights<'_> {
         match self {
             Self::Fp32(_) => {}
             Self::Half(all) => level.run(Decode { halves: Halves { all, rows }, into }),
-            Self::Codes(all) => level.run(codes::Decode { all, rows, into }),
+            Self::Codes(all) => {
+                level.run(codes::Decode { all, rows, into: &mut *into });
+                all.read_cached(rows, into);
+            }
         }
     }
 
@@ -62,7 +65,11 @@ impl Weights<'_> {
         match self {
             Self::Fp32(_) => {}
             Self::Half(all) => level.run(Encode { halves: Halves { all, rows }, from }),
-            Self::Codes(all) => level.run(codes::Encode { all, rows, from }),
+            Self::Codes(all) if all.ways.is_none() => level.run(codes::Encode { all, rows, from }),
+            Self::Codes(all) => {
+                let rows = &all.write_cached(rows, from);
+                level.run(codes::Encode { all, rows, from });
+            }
         }
     }
 }

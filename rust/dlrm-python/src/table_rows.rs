@@ -122,6 +122,23 @@ impl TableRows {
         Ok(Self::new(made))
     }
 
+    fn put_hot_rows(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        rows: Any<'_, '_>,
+        ids: Any<'_, '_>,
+        counts: Any<'_, '_>,
+    ) -> PyResult<()> {
+        let (rows, ids) = (input::<f32>("hot_rows", rows)?, input::<i64>("hot_ids", ids)?);
+        let counts = input::<u8>("hot_counts", counts)?;
+        let (rows, ids, counts) = (rows.as_slice()?, ids.as_slice()?, counts.as_slice()?);
+        let mut own = self.take()?;
+        let put = call(py, |ctx| own.put_cache(rows, ids, counts, name, ctx));
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(own);
+        put
+    }
+
     #[staticmethod]
     fn borrow(
         name: String,

@@ -19,6 +19,8 @@ use crate::views::{self, Kept};
 type Array2<'py> = Bound<'py, PyArray2<f32>>;
 /// Touched rows and their gradients.
 type Sparse<'py> = (Bound<'py, PyArray1<i64>>, Array2<'py>);
+/// The rows of a cache, their numbers and their counts.
+type HotRows<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
 type Any<'a, 'py> = &'a Bound<'py, PyAny>;
 /// Table, pooling and padding of a feature.
 type PyFeature = (usize, String, Option<usize>);
@@ -85,6 +87,24 @@ impl TableSet {
         let codebook = |rows: &dlrm_core::TableRows| rows.has_codebook().then(|| *rows.codebook());
         let codebook = call(py, |_| self.0.read_rows(table, codebook))?;
         Ok(codebook.map(|numbers| PyArray1::from_slice(py, &numbers)))
+    }
+
+    fn add_hot_rows(&self, py: Python<'_>, table: usize, rows: usize) -> PyResult<()> {
+        self.spec(table)?;
+        call(py, |ctx| self.0.add_cache(table, rows, ctx))
+    }
+
+    fn hot_rows<'py>(&self, py: Python<'py>, table: usize) -> PyResult<Option<HotRows<'py>>> {
+        let spec = self.spec(table)?;
+        let parts = |rows: &dlrm_core::TableRows| {
+            let cache = rows.cache()?;
+            Some((cache.ids.0.len(), Kept::new(cache.rows), Kept::new(cache.ids), Kept::new(cache.counts)))
+        };
+        let Some((ways, rows, ids, counts)) = call(py, |_| self.0.read_rows(table, parts))? else {
+            return Ok(None);
+        };
+        let rows = rows.view::<f32, _>(py, [ways, spec.dim])?;
+        Ok(Some((rows, ids.view::<i64, _>(py, [ways])?, counts.view::<u8, _>(py, [ways])?)))
     }
 
     fn encode<'py>(
@@ -357,6 +377,7 @@ impl TableSet {
             let dict = PyDict::new(py);
             dict.set_item("payload", table.payload)?;
             dict.set_item("scales", table.scales)?;
+            dict.set_item("hot", table.cache)?;
             dict.set_item("state", table.state)?;
             dict.set_item("overhead", table.overhead)?;
             Ok(dict)

@@ -15,6 +15,7 @@ use super::stochastic::{Random, random_bits};
 use super::touched::map;
 use super::{Kernel, Simd};
 use crate::RowFormat;
+use crate::cache::{CachedRows, Ways};
 use crate::disjoint::Disjoint;
 use crate::rows::{Int2, Int4, Int8, Packing, Rows, pack};
 use crate::scales::{self, ScaleFormat};
@@ -28,6 +29,8 @@ pub(crate) struct CodeRows<'a> {
     pub(crate) scale_format: ScaleFormat,
     pub(crate) dim: usize,
     pub(crate) random: Random,
+    /// Where the rows are that are not in codes; the kernels here know nothing of them.
+    pub(crate) ways: Option<Ways<'a>>,
 }
 
 impl CodeRows<'_> {
@@ -40,7 +43,7 @@ impl CodeRows<'_> {
     /// The codes of a row, and its scale and bias.
     #[inline(always)]
     #[expect(clippy::mut_from_ref, unsafe_code, reason = "rows are disjoint")]
-    fn row(&self, row: usize) -> (&mut [u8], &mut [u8]) {
+    pub(crate) fn row(&self, row: usize) -> (&mut [u8], &mut [u8]) {
         let (codes, pair) = (self.row_bytes(), self.scale_format.pair_bytes());
         // SAFETY: a row belongs to one piece of a call, which decodes and encodes it once, one after the other.
         unsafe {
@@ -56,7 +59,8 @@ impl CodeRows<'_> {
     fn decode<S: Simd, P: Packing<Unit = u8>>(&self, simd: S, packing: P, row: usize, into: &mut [f32]) {
         let (codes, pair) = self.row(row);
         let &Self { format, dim, scale_format, .. } = self;
-        let one = RowsRef { format, dim, elements: codes, scales: pair, scale_format, codebook: &UNIFORM };
+        let (codebook, cache) = (&UNIFORM, CachedRows::NONE);
+        let one = RowsRef { format, dim, elements: codes, scales: pair, scale_format, codebook, cache };
         one.quantized(packing).copy(simd, 0, into);
     }
 
@@ -197,6 +201,7 @@ mod tests {
             scale_format,
             dim,
             random: Random::new(1, step, 2),
+            ways: None,
         };
         let rows: Vec<_> = (0..count).collect();
         level.run(Encode { all: &all, rows: &rows, from: &mut row.repeat(count) });

@@ -34,6 +34,12 @@ impl Random {
         let key = mixed(self.0 ^ row as u64);
         [key as u32, (key >> 32) as u32]
     }
+
+    /// A number below `n`, each as likely as the others, for a row: of other bits than those that round its elements.
+    pub(crate) fn below(self, row: usize, n: u32) -> u32 {
+        let bits = random_bits(self.of_row(row), u32::MAX);
+        ((u64::from(bits) * u64::from(n)) >> u32::BITS) as u32
+    }
 }
 
 /// The finalizer of `SplitMix64` (Steele, Lea and Flood 2014).

@@ -20,7 +20,7 @@ use crate::sources::Sources;
 use crate::weights::Weights;
 
 /// Rows that are reduced before the rule is applied to them: few, so that they are in the nearest cache still.
-pub(super) const ROWS: usize = 16;
+pub(crate) const ROWS: usize = 16;
 
 /// Parts of the state of a row, at most.
 pub(crate) const PARTS: usize = 2;
