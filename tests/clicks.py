@@ -34,12 +34,20 @@ def click_model(
     device: Device | None = None,
     data_type: str = "fp32",
     poolings: Sequence[str] = POOLINGS,
+    hot_rows: float = 0.0,
 ) -> dlrm_rs.DLRM:
     """The same weights every time."""
     torch.manual_seed(1)
     tables = [
         dlrm_rs.EmbeddingBagConfig(
-            f"t{t}", rows, DIM, [f"t{t}"], pooling, data_type, scale_grad_by_freq=pooling == "mean"
+            f"t{t}",
+            rows,
+            DIM,
+            [f"t{t}"],
+            pooling,
+            data_type,
+            scale_grad_by_freq=pooling == "mean",
+            hot_rows=hot_rows,
         )
         for t, (rows, pooling) in enumerate(zip(ROWS, poolings, strict=True))
     ]

@@ -52,10 +52,14 @@ def stale_losses(model: dlrm_rs.DLRM, log: list[Batch]) -> list[float]:
 
 
 @pytest.mark.parametrize("optimizer", [RowWiseAdagrad(lr=0.05), Adam(lr=0.01)], ids=lambda spec: spec.algorithm)
-@pytest.mark.parametrize("data_type", ["fp32", "fp16", "bf16", "int8"])
-def test_exact_updates_give_the_bits_of_the_plain_loop(optimizer: OptimizerSpec, data_type: str) -> None:
+@pytest.mark.parametrize(
+    ("data_type", "hot_rows"), [("fp32", 0), ("fp16", 0), ("bf16", 0), ("int8", 0), ("int8", 0.05)]
+)
+def test_exact_updates_give_the_bits_of_the_plain_loop(
+    optimizer: OptimizerSpec, data_type: str, hot_rows: float
+) -> None:
     log = click_log(200)
-    plain, model = click_model(optimizer, data_type=data_type), click_model(optimizer, data_type=data_type)
+    plain, model = (click_model(optimizer, data_type=data_type, hot_rows=hot_rows) for _ in range(2))
     expected = plain_losses(plain, log)
     assert len(set(expected)) == 200
     assert pipelined(model, log) == expected

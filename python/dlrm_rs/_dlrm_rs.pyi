@@ -98,6 +98,12 @@ class TableRows:
         0 to 15.
         """
 
+    def put_hot_rows(self, name: str, rows: _F32, ids: NDArray[np.int64], counts: NDArray[np.uint8]) -> None:
+        """Keep rows of codes in fp32: what `TableSet.hot_rows` gave; `name` is the table's.
+
+        `ValueError`: shapes that do not fit, rows that are no codes or have a codebook, or a row where it cannot be.
+        """
+
     @staticmethod
     def borrow(
         name: str,
@@ -148,6 +154,19 @@ class TableSet:
 
     def codebook(self, table: int) -> _F32 | None:
         """What the codes of int4 rows mean, `(16,)`; `None` where that is their own numbers."""
+
+    def add_hot_rows(self, table: int, rows: int) -> None:
+        """Keep as many rows of a table of codes in fp32 from now on, rounded up to a multiple of 16: none of them yet.
+
+        Which these are follows from what `update` touches. `ValueError` where a table has some already, or other rows.
+        """
+
+    def hot_rows(self, table: int) -> tuple[_F32, NDArray[np.int64], NDArray[np.uint8]] | None:
+        """The rows that a table keeps in fp32, as views likewise; `None` where it keeps none.
+
+        `(W, D)`, their numbers `(W,)`, -1 where there is none, and how often each was touched lately `(W,)`. The scale of
+        such a row is a NaN.
+        """
 
     def encode(
         self,
@@ -337,7 +356,11 @@ class TableSet:
         """
 
     def memory_report(self) -> list[dict[str, int]]:
-        """Bytes of every table: `"payload"` (elements of the rows), `"scales"`, `"state"` (of the optimizer), `"overhead"`."""
+        """Bytes of every table.
+
+        `"payload"` (elements of the rows), `"scales"`, `"hot"` (rows kept in fp32), `"state"` (of the optimizer) and
+        `"overhead"`.
+        """
 
 def info() -> dict[str, Any]:
     """What the engine runs on: `"version"`, `"simd"`, `"simd_available"`, `"num_threads"`."""

@@ -133,6 +133,11 @@ def _refusal(owners: Sequence[OwnsTables]) -> Exception | None:
             return RuntimeError("model: expected tables of this process alone, got tables that are shared already")
         if getattr(owner, "max_norm", None) is not None:
             return ValueError(f"max_norm: expected None, as lookups would write to shared rows, got {owner.max_norm}")
+        if tables.any_hot_rows():
+            return ValueError(
+                "model: expected tables without hot rows, which move as one process alone sees them, got some; "
+                "dlrm_rs.quantize(model, hot_rows=0) brings them into codes"
+            )
         weights = zip(tables.tables, tables.weights(), strict=True)
         trained = [spec.name for spec, weight in weights if weight.requires_grad]
         if tables.optimizer is None and trained:

@@ -47,6 +47,9 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
         optimizer: One of `dlrm_rs.optim`: backward then updates the rows itself and `weight.grad` stays None.
         output_dtype: Of the output: float32, float16 or bfloat16. By default `dtype` where that is a torch dtype, as in
             torch, else float32.
+        hot_rows: The share of the rows, those that training touches most, that are kept in fp32 while the others are in
+            codes; 0 for none. For "int8", "int4" and "int2" rows with `optimizer`.
+        hot_data_type: How these are stored: "fp32".
 
     Attributes:
         weight: `(N, D)` Parameter over the engine's memory, from N(0, 1) as torch's. Quantized rows have none.
@@ -89,6 +92,8 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
         *,
         optimizer: OptimizerSpec | None = None,
         output_dtype: torch.dtype | None = None,
+        hot_rows: float = 0.0,
+        hot_data_type: torch.dtype | str = "fp32",
     ) -> None:
         nn.Module.__init__(self)  # not torch's EmbeddingBag's, which would allocate a table of its own
         check_device(device)
@@ -106,7 +111,13 @@ class EmbeddingBag(OwnsTable, nn.EmbeddingBag):
             check_table_weight("_weight", _weight, (num_embeddings, embedding_dim))
             check_no_nan("_weight", _weight)
         self._tables = single_table(
-            self, "embedding_bag", row_format("dtype", dtype), optimizer, row_formats.output_dtype(output_dtype, dtype)
+            self,
+            "embedding_bag",
+            row_format("dtype", dtype),
+            optimizer,
+            row_formats.output_dtype(output_dtype, dtype),
+            hot_rows,
+            hot_data_type,
         )
         if _weight is None:
             self.reset_parameters()

@@ -38,7 +38,8 @@ class Memory:
     Attributes:
         handle: The engine's tables.
         layouts: Those of the weights while they are over the engine's memory.
-        parts: The rows of every table as tensors: `(N, D)`, or codes, scales and, where there is one, the codebook.
+        parts: The rows of every table as tensors: `(N, D)`, or codes, scales and, where there are, the codebook or hot
+            rows, their numbers and their counts.
         states: The optimizer's state of all tables.
 
     Args:
@@ -56,8 +57,8 @@ class Memory:
     def _find_parts(self, table: int) -> list[Tensor]:
         if self.handle.row_format(table) not in QUANTIZED:
             return tensors([self.handle.weight(table)])
-        codebook = self.handle.codebook(table)
-        rest = [] if codebook is None else [codebook]
+        codebook, hot = self.handle.codebook(table), self.handle.hot_rows(table)
+        rest = hot or ([] if codebook is None else [codebook])
         return tensors([self.handle.codes(table), self.handle.scales(table), *rest])
 
     def _home(self, table: int) -> Tensor:

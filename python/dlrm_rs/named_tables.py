@@ -27,6 +27,7 @@ from dlrm_rs.table_configs import (
     check_tables,
     embedding_names,
     fill,
+    hot_share,
     table_spec,
 )
 from dlrm_rs.tables import EmbeddingTables, FeatureSpec
@@ -70,7 +71,9 @@ class NamedTables(abc.ABC, OwnsTables):
             self._holders, nn.ModuleDict({spec.name: holder for spec, holder in zip(specs, holders, strict=True)})
         )
         features = feature_specs(self._configs, [(pooling, None) for pooling in poolings])
-        self._tables = EmbeddingTables(specs, features, holders, optimizer, checked_output_dtype(output_dtype))
+        hot_rows = [hot_share(config, optimizer) for config in self._configs]
+        dtype = checked_output_dtype(output_dtype)
+        self._tables = EmbeddingTables(specs, features, holders, optimizer, dtype, hot_rows)
         for table, holder in enumerate(holders):
             holder._tables, holder._table = self._tables, table
         self.reset_parameters()
@@ -97,7 +100,9 @@ class Table(HoldsWeight):
     def extra_repr(self) -> str:
         """What the module prints of itself."""
         _, num_embeddings, embedding_dim, _ = self._tables.tables[self._table]
-        return f"{num_embeddings}, {embedding_dim}, dtype={self._tables.row_formats[self._table]}"
+        text = f"{num_embeddings}, {embedding_dim}, dtype={self._tables.row_formats[self._table]}"
+        hot = f", hot_rows={self._tables.hot_rows[self._table]}" if self._tables.keeps_hot_rows(self._table) else ""
+        return text + hot
 
 
 def as_ours(features: KeyedJaggedTensor) -> KeyedJaggedTensor:

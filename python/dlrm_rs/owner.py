@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dlrm_rs._dlrm_rs import TableRows
 from dlrm_rs.arguments import check_padding_idx
 from dlrm_rs.buffers import PARTS
+from dlrm_rs.hot_rows import HOT_PARTS, check_hot_rows
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
 from dlrm_rs.row_formats import QUANTIZED
 from dlrm_rs.tables import STAND_IN, EmbeddingTables, FeatureSpec, TableSpec
@@ -34,8 +35,8 @@ class OwnsTables(nn.Module):
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Bytes of every table by its name.
 
-        `"payload"` (elements of its rows), `"scales"` (scale and bias of quantized rows), `"state"` (of the optimizer)
-        and `"overhead"` (the rest).
+        `"payload"` (elements of its rows), `"scales"` (scale and bias of quantized rows), `"hot"` (those of quantized
+        rows that are kept in fp32, and what is known of them), `"state"` (of the optimizer), `"overhead"` (the rest).
 
         Example:
             >>> import dlrm_rs
@@ -75,8 +76,9 @@ class HoldsWeight(nn.Module):
     """A module that holds the weight of one table, and its place in a state_dict.
 
     Rows that are numbers are the Parameter `weight`. Quantized rows are the buffers `weight_codes`, `weight_scales` and
-    for some `weight_codebook`; a state_dict has `weight_format` as well, `(3,)` int64: the version of this layout, the
-    bits of a code, and `D`. Where a fused optimizer trains them, an empty Parameter `weight_stand_in` tells by its
+    for some `weight_codebook`; where some are kept in fp32, these are `weight_hot_rows`, `weight_hot_ids` and
+    `weight_hot_counts`. A state_dict has `weight_format` as well, `(3,)` int64: the version of this layout, the bits of
+    a code, and `D`. Where a fused optimizer trains them, an empty Parameter `weight_stand_in` tells by its
     `requires_grad` whether it does; no state_dict has it.
 
     A tensor put in the place of such a buffer (`module.weight_codes = x`, `module.weight_codes.data = x`), of the same
@@ -193,7 +195,7 @@ class HoldsWeight(nn.Module):
         parts = {key.removeprefix("weight_"): state_dict[name] for key, name in here.items() if key != "weight"}
         row_format = self._tables.row_formats[self._table]
         if row_format in QUANTIZED and "weight" not in here and "format" in parts:
-            known = {"format", "codes", "scales", "codebook"}
+            known = {"format", "codes", "scales", "codebook", *HOT_PARTS}
             unexpected_keys.extend(f"{prefix}weight_{part}" for part in parts.keys() - known)
             self._load_parts(prefix, {part: parts[part] for part in parts.keys() & known}, error_msgs)
         elif (row_format in QUANTIZED and "weight" in here) or (row_format not in QUANTIZED and "format" in parts):
@@ -211,10 +213,11 @@ class HoldsWeight(nn.Module):
             missing_keys[:] = [key for key in missing_keys if key != f"{prefix}{STAND_IN}"]
 
     def _load_parts(self, prefix: str, parts: dict[str, Any], error_msgs: list[str]) -> None:
-        wanted = {"format", "codes", "scales"}
-        if not wanted <= set(parts) or not all(isinstance(part, Tensor) for part in parts.values()):
+        wanted = ["format", "codes", "scales", *(HOT_PARTS if parts.keys() & set(HOT_PARTS) else ())]
+        if not set(wanted) <= set(parts) or not all(isinstance(part, Tensor) for part in parts.values()):
+            *names, last = (f"weight_{part}" for part in wanted)
             error_msgs.append(
-                f"{prefix}weight: expected tensors weight_format, weight_codes and weight_scales, got "
+                f"{prefix}weight: expected tensors {', '.join(names)} and {last}, got "
                 f"{ {part: type(value).__name__ for part, value in parts.items()} }"
             )
         elif parts["format"].dtype is not torch.int64 or parts["format"].tolist() != self._format():
@@ -277,6 +280,8 @@ class OwnsTable(HoldsWeight, OwnsTables):
         row_format = self._tables.row_formats[0]
         if row_format != "fp32":
             text += f", dtype={row_format}"
+        if self._tables.keeps_hot_rows(0):
+            text += f", hot_rows={self._tables.hot_rows[0]}"
         if self.fused_optimizer is not None:
             text += f", optimizer={self.fused_optimizer.defaults['algorithm']}"
         return text
@@ -288,6 +293,8 @@ def single_table(
     row_format: str,
     optimizer: OptimizerSpec | None,
     output_dtype: torch.dtype,
+    hot_rows: float = 0.0,
+    hot_data_type: torch.dtype | str = "fp32",
 ) -> EmbeddingTables:
     """The table of a module that has torch's attributes; a weight that it has already is adopted.
 
@@ -297,13 +304,16 @@ def single_table(
         row_format: How a row is stored.
         optimizer: The fused optimizer, or None.
         output_dtype: Of what lookups give.
+        hot_rows: The share of the rows that are kept in fp32 while the others are in codes.
+        hot_data_type: How these are stored.
     """
     if module.max_norm is not None and row_format != "fp32":
         raise ValueError(f"max_norm: expected None for rows of {row_format}, got {module.max_norm}")
     table = TableSpec(name, module.num_embeddings, module.embedding_dim, row_format)
     pooling = module.mode if isinstance(module, nn.EmbeddingBag) else "none"
     padding_idx = check_padding_idx(module.padding_idx, module.num_embeddings)
-    return EmbeddingTables([table], [FeatureSpec(0, pooling, padding_idx)], [module], optimizer, output_dtype)
+    share = check_hot_rows("", hot_rows, hot_data_type, row_format, trained=optimizer is not None)
+    return EmbeddingTables([table], [FeatureSpec(0, pooling, padding_idx)], [module], optimizer, output_dtype, [share])
 
 
 # torch changes a model module by module, so it cannot be refused as a whole.

@@ -21,6 +21,7 @@ from dlrm_rs.distributed import leave_tables_to_each_process
 from dlrm_rs.embedding import Embedding
 from dlrm_rs.embedding_bag import EmbeddingBag
 from dlrm_rs.embedding_collection import EmbeddingCollection
+from dlrm_rs.hot_rows import check_hot_rows
 from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.owner import OwnsTables, single_table
 from dlrm_rs.quantization import torch_ao
@@ -46,7 +47,12 @@ class _Owner(NamedTuple):
 
 
 def replace_embeddings(
-    model: ModuleT, *, dtype: torch.dtype | str | None = None, optimizer: OptimizerSpec | None = None
+    model: ModuleT,
+    *,
+    dtype: torch.dtype | str | None = None,
+    optimizer: OptimizerSpec | None = None,
+    hot_rows: float = 0.0,
+    hot_data_type: torch.dtype | str = "fp32",
 ) -> ModuleT:
     """Put every `nn.EmbeddingBag` and `nn.Embedding` of a model into the engine, torch's quantized ones and TorchRec's.
 
@@ -64,6 +70,10 @@ def replace_embeddings(
             dtype of the weights. Outputs keep that in any case, so that the rest of the model sees no difference.
         optimizer: One of `dlrm_rs.optim`, for every embedding: backward then updates the rows itself. None leaves the
             update to torch's optimizers.
+        hot_rows: The share of each table's rows, those that training touches most, that are kept in fp32 while the
+            others are in codes, as of `dlrm_rs.EmbeddingBag`; 0 for none. For a quantized `dtype`, with `optimizer`.
+            What torch has quantized is not trained, and has none.
+        hot_data_type: How these are stored: "fp32".
 
     Returns:
         `model`.
@@ -73,7 +83,7 @@ def replace_embeddings(
             TorchRec's collections, whose behaviour is its own, or a collection that is sharded, fused or quantized.
         ValueError: No embedding in the model, or one that cannot be replaced as it is: on another device, with hooks
             that compute its weight, in shared memory, sharing its memory with another, with a NaN or an infinity
-            where rows are to be quantized, or in a collection of TorchRec's and elsewhere.
+            where rows are to be quantized, or in a collection of TorchRec's and elsewhere; or hot rows that cannot be.
         MemoryError: A table cannot be allocated. In all cases the model works as it did.
 
     Example:
@@ -99,10 +109,12 @@ def replace_embeddings(
         _check_found(one, parents)
         for name, embedding in one.embeddings:
             _check_module(name, embedding)
+            stored = format_of(embedding.weight.dtype)
+            check_hot_rows(f" of {name!r}", hot_rows, hot_data_type, stored, trained=optimizer is not None)
             same = TORCH_DTYPES.get(format_of(embedding.weight.dtype)) is embedding.weight.dtype
             _check_sharing(name, embedding, owners, alone=optimizer is not None or not same)
     # From here on only memory can run out. A Parameter that has moved by then serves torch's module as it did before.
-    tables = [one.tables(format_of, optimizer) for one in found]
+    tables = [one.tables(format_of, optimizer, hot_rows) for one in found]
     taken = [
         torch_ao.tables_of(name, module, None if dtype is None else row_format("dtype", dtype))
         for name, module in quantized
@@ -128,13 +140,15 @@ class _Found(NamedTuple):
     # Who hold the weights, by their names in the model.
     embeddings: Sequence[tuple[str, nn.Embedding | nn.EmbeddingBag]]
 
-    def tables(self, format_of: Callable[[torch.dtype], str], optimizer: OptimizerSpec | None) -> EmbeddingTables:
+    def tables(
+        self, format_of: Callable[[torch.dtype], str], optimizer: OptimizerSpec | None, hot_rows: float
+    ) -> EmbeddingTables:
         """The tables in the engine; the model is as it was."""
         if self.collection is not None:
-            return torchrec.tables_of(self.module, self.collection, format_of, optimizer)
+            return torchrec.tables_of(self.module, self.collection, format_of, optimizer, hot_rows)
         [(name, embedding)] = self.embeddings
         stored = embedding.weight.dtype
-        return single_table(embedding, name, format_of(stored), optimizer, stored)
+        return single_table(embedding, name, format_of(stored), optimizer, stored, hot_rows)
 
     def take_over(self, tables: EmbeddingTables) -> None:
         """Give the module its tables and its new class."""

@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlrm_rs.hot_rows import check_hot_rows
+from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.row_formats import row_format
 from dlrm_rs.tables import TableSpec
 
-__all__ = ["EmbeddingBagConfig", "EmbeddingConfig", "check_tables", "embedding_names", "fill", "table_spec"]
+__all__ = [
+    "EmbeddingBagConfig",
+    "EmbeddingConfig",
+    "check_tables",
+    "embedding_names",
+    "fill",
+    "hot_share",
+    "table_spec",
+]
 
 
 @dataclass
@@ -30,6 +40,9 @@ class EmbeddingConfig:
             fills, a float32 tensor `(N, D)` that is there for that time.
         scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences in the call, those of all
             features of the table together, as `torch.nn.Embedding` does.
+        hot_rows: The share of the rows, those that training touches most, that are kept in fp32 while the others are in
+            codes; 0 for none. For "int8", "int4" and "int2" rows with a fused optimizer.
+        hot_data_type: How these are stored: "fp32".
     """
 
     name: str
@@ -39,6 +52,8 @@ class EmbeddingConfig:
     data_type: torch.dtype | str = "fp32"
     init_fn: Callable[[Tensor], Any] | None = None
     scale_grad_by_freq: bool = False
+    hot_rows: float = 0.0
+    hot_data_type: torch.dtype | str = "fp32"
 
 
 @dataclass
@@ -56,6 +71,9 @@ class EmbeddingBagConfig:
             fills, a float32 tensor `(N, D)` that is there for that time.
         scale_grad_by_freq: Divide the gradient of a row by the number of its occurrences in the call, those of all
             features of the table together, as `torch.nn.EmbeddingBag` does. Not with "max".
+        hot_rows: The share of the rows, those that training touches most, that are kept in fp32 while the others are in
+            codes; 0 for none. For "int8", "int4" and "int2" rows with a fused optimizer.
+        hot_data_type: How these are stored: "fp32".
     """
 
     name: str
@@ -66,6 +84,8 @@ class EmbeddingBagConfig:
     data_type: torch.dtype | str = "fp32"
     init_fn: Callable[[Tensor], Any] | None = None
     scale_grad_by_freq: bool = False
+    hot_rows: float = 0.0
+    hot_data_type: torch.dtype | str = "fp32"
 
 
 def check_tables(tables: Sequence[EmbeddingConfig | EmbeddingBagConfig]) -> None:
@@ -111,6 +131,18 @@ def table_spec(config: EmbeddingConfig | EmbeddingBagConfig) -> TableSpec:
     """
     stored = row_format(f"data_type of table {config.name!r}", config.data_type)
     return TableSpec(config.name, config.num_embeddings, config.embedding_dim, stored)
+
+
+def hot_share(config: EmbeddingConfig | EmbeddingBagConfig, optimizer: OptimizerSpec | None) -> float:
+    """The share of a table's rows that are to be kept in fp32.
+
+    Raises:
+        ValueError: As of `check_hot_rows`.
+    """
+    of = f" of table {config.name!r}"
+    # A config of TorchRec's has neither.
+    share, data_type = getattr(config, "hot_rows", 0.0), getattr(config, "hot_data_type", "fp32")
+    return check_hot_rows(of, share, data_type, table_spec(config).row_format, trained=optimizer is not None)
 
 
 def fill(config: EmbeddingConfig | EmbeddingBagConfig, rows: Tensor, _first: int) -> None:

@@ -6,8 +6,7 @@ Parameter over it. torch lets anyone put other memory behind a Parameter, or ano
 forward compares where the weights are, and memory that is not the engine's is adopted: its content is copied into the
 engine's, and the Parameter pointed back at that. A table of quantized rows has no Parameter, since torch has no dtype
 for them, but `buffers`; where a fused optimizer trains them, a Parameter without elements stands in for the weight.
-Does not know autograd, bags, or features beyond passing them to
-the engine.
+Does not know autograd, bags, or features beyond passing them to the engine.
 """
 
 from __future__ import annotations
@@ -27,12 +26,13 @@ from torch.autograd.graph import increment_version
 
 from dlrm_rs._dlrm_rs import TableRows, TableSet
 from dlrm_rs.arguments import check_size, check_table_weight
-from dlrm_rs.buffers import Buffers, packed_rows
+from dlrm_rs.buffers import Buffers, packed_rows, part_names
 from dlrm_rs.devices import CPU, Device
+from dlrm_rs.hot_rows import HOT_PARTS, hot_ways, without_marks
 from dlrm_rs.layout import FeatureSpec, Layout, TableSpec
 from dlrm_rs.memory import NO_WEIGHT, Layouts, Memory, layouts_of, tensors
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
-from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_tensor
+from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array
 
 if TYPE_CHECKING:
     from dlrm_rs.operators.sharing import Sharing
@@ -46,6 +46,8 @@ class Displaced(NamedTuple):
     rows: TableRows
     row_format: str
     weight: nn.Parameter | None
+    # The share of them that are kept in fp32.
+    hot_rows: float
 
 
 # Whose the engine's memory at an address is, or was: a table's rows must not be the weight of another table too.
@@ -78,6 +80,7 @@ class EmbeddingTables:
             a quantized one, the owner keeps its Parameter until `release`.) Otherwise one of zeros is registered.
         optimizer: The fused optimizer, or None.
         output_dtype: Of what lookups give.
+        hot_rows: For each table the share of its rows that are kept in fp32; by default none.
 
     Attributes:
         memory: The engine's tables and where they are.
@@ -87,6 +90,7 @@ class EmbeddingTables:
         algorithm: The engine's name of the fused optimizer, or None.
         row_formats: How the rows of every table are stored.
         optimizer: The fused optimizer, or None.
+        hot_rows: For each table the share of its rows that are kept in fp32 if the others are in codes; 0 for none.
         output_dtype: Of what lookups give.
         output_device: Where pooled rows go.
         width: As of `Layout`, and so are `pooled` and `pools_by_max`.
@@ -110,6 +114,7 @@ class EmbeddingTables:
         owners: Sequence[nn.Module],
         optimizer: OptimizerSpec | None,
         output_dtype: torch.dtype = torch.float32,
+        hot_rows: Sequence[float] | None = None,
     ) -> None:
         if optimizer is not None and not isinstance(optimizer, OptimizerSpec):
             raise TypeError(
@@ -118,6 +123,7 @@ class EmbeddingTables:
         self.tables = tuple(map(_checked, tables))
         self.features = tuple(features)
         self.row_formats = [table.row_format for table in tables]
+        self.hot_rows = [0.0] * len(tables) if hot_rows is None else list(hot_rows)
         self.output_dtype = output_dtype
         self.output_device: Device = CPU
         layout = Layout(self.tables, (), self.features, output_dtype)
@@ -140,6 +146,7 @@ class EmbeddingTables:
         for table, weight in enumerate(present):
             if weight is not None and weight.dtype is not TORCH_DTYPES.get(self.row_formats[table]):
                 handle.swap_rows(table, self._encoded(table, weight))
+                self._keep_hot(handle, table)
         self.memory = self._memory_of(handle)
         # Lest the weights are made in inference mode, in which they could not be trained.
         with torch.inference_mode(False):
@@ -172,6 +179,14 @@ class EmbeddingTables:
             else:
                 found.append(parameters["weight"])  # type: ignore[arg-type] # none is None
         return found
+
+    def keeps_hot_rows(self, table: int) -> bool:
+        """Whether a table keeps some of its rows in fp32 and the others in codes."""
+        return len(self.memory.parts[table]) > len(HOT_PARTS)
+
+    def any_hot_rows(self) -> bool:
+        """Whether any table does."""
+        return any(map(self.keeps_hot_rows, range(len(self.tables))))
 
     @property
     def handle(self) -> TableSet:
@@ -227,11 +242,19 @@ class EmbeddingTables:
         handle = TableSet([(*table[:3], row_format) for table, row_format in tables], self.features)
         if self.algorithm is not None:
             handle.set_optimizer(self.algorithm, self._split_bf16)
+        for table in range(len(self.tables)):
+            self._keep_hot(handle, table)
         return handle
+
+    def _keep_hot(self, handle: TableSet, table: int) -> None:
+        """Have a table whose rows are new keep the hot ones, if it is to."""
+        ways = hot_ways(self.hot_rows[table], self.tables[table].num_embeddings)
+        if ways and self.row_formats[table] in QUANTIZED and handle.hot_rows(table) is None:
+            handle.add_hot_rows(table, ways)
 
     def new_memory(self) -> Memory:
         """Tables and state such as these, of zeros or any content."""
-        return Memory(self._copy_of_quantized(self.handle), len(self.tables))
+        return Memory(self._copy_of_quantized(), len(self.tables))
 
     def _memory_of(self, handle: TableSet) -> Memory:
         """Make the tables of `handle` those that the weights are compared with."""
@@ -288,7 +311,7 @@ class EmbeddingTables:
         # optimizer, or put aside by `torch.func.functional_call`), a tensor of its data, or the weight itself in
         # another order. What it sees must not change, so the tables move to new memory and it keeps the old.
         if any(memory.is_viewed(table) for table in moved):
-            memory = self._memory_of(self._copy_of_quantized(memory.handle))
+            memory = self._memory_of(self._copy_of_quantized())
             moved = [table for table in range(len(self.tables)) if self.row_formats[table] not in QUANTIZED]
         # A view made in inference mode could not be trained, and a graph of this copy would be of no use.
         with torch.inference_mode(False), torch.no_grad():
@@ -310,19 +333,16 @@ class EmbeddingTables:
                     self.check_unshared("weight_codes: cannot be replaced; copy into it")
                     row_format = self.row_formats[table]
                     rows = packed_rows(self.tables[table], row_format, given)
-                    self._place(table, Displaced(rows, row_format, None))
+                    self._place(table, Displaced(rows, row_format, None, self.hot_rows[table]))
                     self.buffers.bring_home(table, given, self.memory.parts[table])
                     self.buffers.in_hands.add(table)  # whoever has put them there has them still
 
-    def _copy_of_quantized(self, handle: TableSet) -> TableSet:
-        """A new handle, with those tables of `handle` that have no weight."""
+    def _copy_of_quantized(self) -> TableSet:
+        """A new handle, with those tables that have no weight."""
         copy = self._new_handle()
         for table, row_format in enumerate(self.row_formats):
             if row_format in QUANTIZED:
-                codes, scales, codebook = handle.codes(table), handle.scales(table), handle.codebook(table)
-                name, _, embedding_dim, _ = self.tables[table]
-                rows = TableRows.from_parts(name, embedding_dim, row_format, codes, scales, codebook)
-                copy.swap_rows(table, rows)
+                copy.swap_rows(table, packed_rows(self.tables[table], row_format, self.memory.parts[table]))
         return copy
 
     def release(self) -> None:
@@ -332,7 +352,7 @@ class EmbeddingTables:
                 self._parameters[table].pop("weight", None)
                 self._show(table)
 
-    def swap(self, table: int, rows: TableRows, row_format: str) -> Displaced:
+    def swap(self, table: int, rows: TableRows, row_format: str, hot_rows: float | None = None) -> Displaced:
         """Put other rows in the place of a table's.
 
         The Parameter stays the same object as long as the rows are numbers; quantized ones have none.
@@ -341,6 +361,8 @@ class EmbeddingTables:
             table: The table.
             rows: `(N, D)`, which are gone from there then.
             row_format: Of the rows.
+            hot_rows: The share of them that are kept in fp32 from now on, if the others are in codes; None for that of
+                before.
 
         Returns:
             What was there, to be dropped or put back by `restore`.
@@ -351,7 +373,8 @@ class EmbeddingTables:
         """
         self.check_unshared("rows: cannot be replaced; do so before the tables are shared")
         weight = self._parameters[table].get("weight")
-        return self._put(table, Displaced(rows, row_format, weight))
+        share = self.hot_rows[table] if hot_rows is None else hot_rows
+        return self._put(table, Displaced(rows, row_format, weight, share))
 
     def restore(self, table: int, displaced: Displaced) -> None:
         """Put back what `swap` has displaced."""
@@ -370,8 +393,10 @@ class EmbeddingTables:
             if present is not None:
                 increment_version([present])  # a backward that still needs these rows is to notice
                 self._trainable[table] = present.requires_grad
-            displaced = Displaced(memory.handle.swap_rows(table, new.rows), self.row_formats[table], weight)
-            self.row_formats[table] = new.row_format
+            present_format, share = self.row_formats[table], self.hot_rows[table]
+            displaced = Displaced(memory.handle.swap_rows(table, new.rows), present_format, weight, share)
+            self.row_formats[table], self.hot_rows[table] = new.row_format, new.hot_rows
+            self._keep_hot(memory.handle, table)
             memory.moved(table)
             self._own(memory)
             if new.row_format in QUANTIZED:
@@ -389,6 +414,15 @@ class EmbeddingTables:
             if self.optimizer is not None:
                 self.optimizer.rows_moved(self.tied(), self._states(memory))
             return displaced
+
+    def add_hot_rows(self, table: int, share: float) -> None:
+        """Have a table of codes keep a share of its rows in fp32 from now on: none of them yet, and none before."""
+        self.weights()  # what the user has put into a buffer is to be in the engine
+        self.hot_rows[table] = share
+        self._keep_hot(self.handle, table)
+        self.memory.moved(table)
+        self._own(self.memory)
+        self._show(table)
 
     def load(self, table: int, source: Tensor) -> None:
         """Copy rows, `(N, D)` of a floating dtype, into a table.
@@ -450,7 +484,7 @@ class EmbeddingTables:
         elements, *rest = arrays[:parts]  # and of quantized rows scales and codebook
         scales, codebook = (*rest, None, None)[:2]
         rows = TableRows.borrow(name, embedding_dim, row_format, elements, scales, codebook)
-        self._put(table, Displaced(rows, row_format, self._parameters[table].get("weight")))
+        self._put(table, Displaced(rows, row_format, self._parameters[table].get("weight"), 0.0))
         for part, array in zip(self.handle.optimizer_state(table), arrays[parts:], strict=True):
             self.handle.put_optimizer_state(table, part, array)
         self.memory.find_states()
@@ -486,22 +520,34 @@ class EmbeddingTables:
 
         Returns:
             `"codes"`, `(N, bytes of a row)` uint8; `"scales"`, `(N, 2)` float16, bfloat16 or float32: scale and bias of
-            every row; and `"codebook"`, `(16,)` float32, where codes of 4 bits mean other numbers than their own.
+            every row; `"codebook"`, `(16,)` float32, where codes of 4 bits mean other numbers than their own; and where
+            rows are kept in fp32, `W` at most, `"hot_rows"`, `(W, D)` float32, `"hot_ids"`, `(W,)` int64, their numbers
+            or -1, and `"hot_counts"`, `(W,)` uint8, how often each was touched lately.
         """
         self.weights()  # what the user has put into a buffer is to be in the engine
-        handle = self.handle
-        state = {"codes": as_tensor(handle.codes(table)).clone(), "scales": as_tensor(handle.scales(table)).clone()}
-        codebook = handle.codebook(table)
-        return state if codebook is None else {**state, "codebook": torch.from_numpy(codebook)}
+        parts = self.memory.parts[table]
+        names = (name.removeprefix("weight_") for name in part_names(parts))
+        state = {name: part.clone() for name, part in zip(names, parts, strict=True)}
+        if "hot_ids" in state:
+            state["scales"] = without_marks(state["scales"], state["hot_ids"])
+        return state
 
     def load_packed_state(self, table: int, state: dict[str, Tensor]) -> None:
         """Copy what `packed_state` gave into a table of the same row format.
 
         Raises:
             TypeError: A tensor of another dtype.
-            ValueError: A tensor of another shape, scales that are not finite, or a codebook that cannot be.
+            ValueError: A tensor of another shape, scales that are not finite, a codebook that cannot be, or another
+                number of hot rows.
         """
-        parts = [state[part] for part in ("codes", "scales", "codebook") if part in state]
+        hot = self.memory.parts[table][2:] if self.keeps_hot_rows(table) else []
+        expected, got = len(hot[0]) if hot else 0, len(state.get("hot_rows", ()))
+        if expected != got:
+            raise ValueError(
+                f"expected {expected} ways of hot rows, which this table keeps in fp32, got {got}; load into a module "
+                "made with the checkpoint's hot_rows, then dlrm_rs.quantize it with the hot_rows that you want"
+            )
+        parts = [state[part] for part in ("codes", "scales", "codebook", *HOT_PARTS) if part in state]
         self.swap(table, packed_rows(self.tables[table], self.row_formats[table], parts), self.row_formats[table])
 
     def __repr__(self) -> str:

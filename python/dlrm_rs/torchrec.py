@@ -117,6 +117,7 @@ def tables_of(
     kind: type[NamedTables],
     format_of: Callable[[torch.dtype], str],
     optimizer: OptimizerSpec | None,
+    hot_rows: float = 0.0,
 ) -> EmbeddingTables:
     """The tables of a collection, in the engine; the embeddings keep their Parameters.
 
@@ -125,6 +126,7 @@ def tables_of(
         kind: What it becomes.
         format_of: The row format for weights of a dtype.
         optimizer: The fused optimizer, or None.
+        hot_rows: The share of each table's rows that are kept in fp32 while the others are in codes.
     """
     configs = _configs(module, kind)
     holders: Any = getattr(module, kind._holders)
@@ -134,7 +136,8 @@ def tables_of(
         for config, bag in zip(configs, embeddings, strict=True)
     ]
     features = feature_specs(configs, [(getattr(bag, "mode", "none"), bag.padding_idx) for bag in embeddings])
-    return EmbeddingTables(specs, features, embeddings, optimizer, torch.float32)  # to which theirs convert too
+    shares = [hot_rows] * len(specs)
+    return EmbeddingTables(specs, features, embeddings, optimizer, torch.float32, shares)  # to which theirs convert too
 
 
 def take_over(module: nn.Module, kind: type[NamedTables], tables: EmbeddingTables) -> None:

@@ -23,6 +23,12 @@ def lookup(
     scale_grad_by_freq: Sequence[bool],
 ) -> Tensor:
     """As `operators.lookup`, to be traced."""
+    if tables.any_hot_rows():
+        torch.ops.dlrm_rs.refuse(
+            "hot_rows: expected none in a model that torch.compile or torch.export traces, as its graphs hold codes "
+            "and scales alone, got some; dlrm_rs.quantize(module, hot_rows=0) brings them into codes, and "
+            "torch.compiler.disable(module) keeps the lookup out of a compiled graph"
+        )
     rows = tables.parts()
     tied = tables.tied()
     trained = [weight for weight in tied if weight.requires_grad] if torch.is_grad_enabled() else []

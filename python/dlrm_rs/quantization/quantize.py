@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from dlrm_rs._dlrm_rs import Spare, TableRows
+from dlrm_rs.hot_rows import check_hot_rows
 from dlrm_rs.owner import HoldsWeight, OwnsTables
 from dlrm_rs.quantization.budget import Budget, Choice, TableSizes
 from dlrm_rs.quantization.progress import Progress, progress_bar
@@ -43,8 +44,13 @@ class _Table(NamedTuple):
         _, num_embeddings, embedding_dim, _ = self.tables.tables[self.place]
         return num_embeddings, embedding_dim
 
+    @property
+    def hot_share(self) -> float:
+        """The share of the rows that are kept in fp32 while the others are in codes."""
+        return self.tables.hot_rows[self.place] if self.tables.keeps_hot_rows(self.place) else 0.0
+
     def bytes_in(self, row_format: str, scale_format: str | None) -> int:
-        """What rows take in a format that they are quantized to, with scales in another."""
+        """What rows take in a format that they are quantized to, with scales in another, but for hot rows."""
         num_embeddings, embedding_dim = self.shape
         if row_format in TORCH_DTYPES:
             return num_embeddings * embedding_dim * TORCH_DTYPES[row_format].itemsize
@@ -54,7 +60,7 @@ class _Table(NamedTuple):
 
     def bytes_now(self) -> int:
         sizes = self.tables.handle.memory_report()[self.place]
-        return sizes["payload"] + sizes["scales"]
+        return sizes["payload"] + sizes["scales"] + sizes["hot"]
 
 
 class _Encoded(NamedTuple):
@@ -72,9 +78,17 @@ class _Encoding(NamedTuple):
     scale_format: str | None
     zero_nonfinite: bool
 
-    def encode(self, table: _Table, row_format: str, spare: Spare | None = None) -> _Encoded:
+    def encode(self, table: _Table, row_format: str, hot_share: float, spare: Spare | None = None) -> _Encoded:
+        """Rows in another format; hot rows come along, without a loss, where a table keeps as many of them."""
+        handle = table.tables.handle
         with _named(table):
-            return _Encoded(*table.tables.handle.encode(*self._of(table, row_format), spare))
+            encoded = _Encoded(*handle.encode(*self._of(table, row_format), spare))
+            hot = handle.hot_rows(table.place)
+            if hot is not None and hot_share == table.hot_share and row_format in QUANTIZED:
+                encoded.rows.put_hot_rows(table.name, *hot)
+                ids = hot[1]
+                encoded.errors[ids[ids >= 0]] = 0
+            return encoded
 
     def check(self, table: _Table, row_format: str) -> None:
         """Refuse what `encode` refuses."""
@@ -106,6 +120,8 @@ def quantize(
     weights: Mapping[str, ArrayLike] | None = None,
     budget: Budget | None = None,
     keep_optimizer: bool = True,
+    hot_rows: float | None = None,
+    hot_data_type: torch.dtype | str = "fp32",
     progress: bool | None = None,
 ) -> QuantizationReport:
     """Bring the tables of a model into another row format, in place and on all threads.
@@ -138,6 +154,11 @@ def quantize(
             nothing.
         keep_optimizer: Whether to keep a fused optimizer; False gives it up with its state, as for a model that is only
             to serve from now on.
+        hot_rows: The share of each table's rows, those that training touches most from now on, that are kept in fp32
+            while the others are in codes; 0 for none, which brings those that there are into codes. None leaves it as
+            it is: rows that are hot stay so, and lose nothing. For quantized rows with a fused optimizer; not with
+            "codebook" or a `budget`.
+        hot_data_type: How these are stored: "fp32".
         progress: Whether to show a progress bar (with rich, of the extra `dlrm_rs[demo]`); None for one on a terminal,
             when it takes long.
 
@@ -171,6 +192,8 @@ def quantize(
     for candidate in budget.formats if budget is not None else (name,):
         _check_method(method, candidate)
         _check_changeable(module, tables, candidate)
+    no_hot_rows = "a budget" if budget is not None else "'codebook'" if method == "codebook" else None
+    shares = _hot_shares(tables, hot_rows, hot_data_type, name, no_hot_rows, keep_optimizer)
     encoding = _Encoding(method, _scale_format(scale_dtype), _zero_nonfinite(nonfinite))
     used = _check_weights(weights, tables)
     choice = None
@@ -179,7 +202,7 @@ def quantize(
             choice = _choose(module, tables, budget, encoding, bar)
             formats = dict(choice.formats)
         keep_optimizer = keep_optimizer and method != "codebook"
-        return _apply(tables, formats, encoding, used, choice, keep_optimizer, bar)
+        return _apply(tables, formats, shares, encoding, used, choice, keep_optimizer, bar)
 
 
 def dequantize(module: ModuleT, dtype: torch.dtype | str = "fp32") -> ModuleT:
@@ -212,7 +235,7 @@ def dequantize(module: ModuleT, dtype: torch.dtype | str = "fp32") -> ModuleT:
     formats = dict.fromkeys((table.name for table in tables), name)
     _check_changeable(module, tables, name)
     with progress_bar(None, sum(table.bytes_now() for table in tables)) as bar:
-        _apply(tables, formats, _Encoding(None, None, False), {}, None, True, bar)
+        _apply(tables, formats, dict.fromkeys(formats, 0.0), _Encoding(None, None, False), {}, None, True, bar)
     return module
 
 
@@ -242,6 +265,27 @@ def _check_method(method: str | None, row_format: str) -> None:
     if method is not None and row_format not in fitting[method]:
         formats = " or ".join(", ".join(fitting[method]).rsplit(", ", 1))
         raise ValueError(f"method: expected {formats} rows with {method!r}, got {row_format}")
+
+
+def _hot_shares(
+    tables: Sequence[_Table],
+    hot_rows: float | None,
+    hot_data_type: object,
+    row_format: str,
+    excluded_by: str | None,
+    keep_optimizer: bool,
+) -> dict[str, float]:
+    """The share of rows that every table is to keep in fp32; refuses what cannot be."""
+    shares = {table.name: table.hot_share if hot_rows is None else hot_rows for table in tables}
+    if excluded_by is not None and any(shares.values()):
+        got = "tables that have some" if hot_rows is None else hot_rows
+        raise ValueError(f"hot_rows: expected 0 with {excluded_by}, got {got}; give hot_rows=0")
+    if hot_rows is None:
+        return shares if row_format in QUANTIZED else dict.fromkeys(shares, 0.0)
+    for table in tables:
+        trained = keep_optimizer and table.tables.optimizer is not None
+        check_hot_rows(f" of {table.name!r}", hot_rows, hot_data_type, row_format, trained=trained)
+    return shares
 
 
 def _check_changeable(module: nn.Module, tables: Sequence[_Table], row_format: str) -> None:
@@ -287,6 +331,7 @@ def _check_weights(weights: Mapping[str, ArrayLike] | None, tables: Sequence[_Ta
 def _apply(
     tables: Sequence[_Table],
     formats: Mapping[str, str],
+    hot_shares: Mapping[str, float],
     encoding: _Encoding,
     weights: Mapping[str, NDArray[np.float32]],
     choice: Choice | None,
@@ -296,18 +341,27 @@ def _apply(
     """Bring every table into its format, or none at all where rows are refused."""
     # Rows that are in their format already are encoded again only where the user says how rows are to be encoded.
     again = QUANTIZED if choice is None and encoding != _PLAIN else ()
-    changing = [t for t in tables if t.row_format != formats[t.name] or t.row_format in again]
+    changing = [
+        t
+        for t in tables
+        if t.row_format != formats[t.name]
+        or t.row_format in again
+        or (t.hot_share and t.hot_share != hot_shares[t.name])
+    ]
     if len(changing) > 1:  # one alone is refused before it is replaced
         for table in bar.of("Checking", changing, _bytes_of):
             encoding.check(table, formats[table.name])
     builder, spare = ReportBuilder(), Spare()
     for table in bar.of("Replacing", tables, _bytes_of):
         row_format, before, bytes_before = formats[table.name], table.row_format, table.bytes_now()
-        encoded = encoding.encode(table, row_format, spare) if table in changing else None
+        share = hot_shares[table.name]
+        encoded = encoding.encode(table, row_format, share, spare) if table in changing else None
         if not keep_optimizer:
             table.tables.drop_optimizer()
         if encoded is not None:
-            spare.retire(table.tables.swap(table.place, encoded.rows, row_format).rows)
+            spare.retire(table.tables.swap(table.place, encoded.rows, row_format, share).rows)
+        elif share != table.hot_share:
+            table.tables.add_hot_rows(table.place, share)
         change = TableChange(table.name, *table.shape, before, row_format, bytes_before, table.bytes_now())
         errors = np.zeros(table.shape[0], np.float32) if encoded is None else encoded.errors
         builder.add(change, errors, 0.0 if encoded is None else encoded.largest_error, weights.get(table.name))
@@ -349,7 +403,7 @@ def _trying(tables: Sequence[_Table], encoding: _Encoding) -> Iterator[Callable[
         if table.name in originals:
             table.tables.restore(table.place, originals.pop(table.name))
         if table.row_format != row_format:
-            encoded = encoding.encode(table, row_format)
+            encoded = encoding.encode(table, row_format, 0.0)
             originals[table.name] = table.tables.swap(table.place, encoded.rows, row_format)
 
     def switch_all(formats: Mapping[str, str]) -> None:
