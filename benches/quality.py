@@ -83,6 +83,9 @@ VARIANTS = (
     Variant("bf16", {"data_type": "bf16"}),
     Variant("fp16", {"data_type": "fp16"}),
     Variant("int8", {"data_type": "int8"}),
+    Variant("int8, 5 % hot", {"data_type": "int8", "hot_rows": 0.05}),
+    Variant("int4", {"data_type": "int4"}),
+    Variant("int4, 5 % hot", {"data_type": "int4", "hot_rows": 0.05}),
 )
 
 

@@ -54,7 +54,7 @@ def log(quality: ModuleType) -> Any:
 def test_variants_begin_alike_and_are_trained(quality: ModuleType, log: Any) -> None:
     models = {variant.name: quality.Model(log, variant, 0) for variant in quality.VARIANTS}
     weight = "embedding_bags.t1.weight"  # of codes there is none
-    of_numbers = {name: model for name, model in models.items() if name != "int8"}
+    of_numbers = {name: model for name, model in models.items() if not name.startswith("int")}
     rows = {name: model.collection.get_parameter(weight).float() for name, model in of_numbers.items()}
     for name, of_model in rows.items():
         if name in ("fp32, other seed", "fp32, one ulp"):
@@ -64,7 +64,8 @@ def test_variants_begin_alike_and_are_trained(quality: ModuleType, log: Any) -> 
     trained = quality.train(log, quality.VARIANTS, 0)
     for name, (metrics, sizes) in trained.items():
         assert 0 < metrics.log_loss < 2
-        assert sizes["t1"]["payload"] == 300 * 8 * {"fp32": 4, "int8": 1}.get(name.split(",")[0], 2)
+        assert sizes["t1"]["payload"] == 300 * 8 * {"fp32": 4, "int8": 1, "int4": 0.5}.get(name.split(",")[0], 2)
+        assert (sizes["t1"]["hot"] > 0) == name.endswith("hot")
     assert trained == quality.train(log, quality.VARIANTS, 0)
 
 
