@@ -24,6 +24,7 @@ from dlrm_rs import (
     WeightedEmbeddingBag,
     load_dlrm_checkpoint,
 )
+from dlrm_rs.owner import OwnsTables
 from reference_dlrm import Batch, ReferenceDLRM, batches, train
 
 SIZES, BOTTOM, TOP = [90, 7, 40], [5, 8, 6], [9, 1]
@@ -116,6 +117,28 @@ def test_tricks(kind: str, tmp_path: Path) -> None:
     trick = {"md": PrEmbeddingBag, "learned": WeightedEmbeddingBag}.get(kind, QREmbeddingBag)
     assert type(embeddings.bags[2]) is trick
     assert_same(reference, model)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mult", "md", "learned"])
+def test_tables_of_half_precision_stay_so(kind: str, tmp_path: Path) -> None:
+    embedding = None if kind in ("plain", "learned") else lambda k: bags(kind, k)
+    reference = ReferenceDLRM(SIZES, BOTTOM, TOP, embedding=embedding, learned=kind == "learned")
+    rows = {name: part.half().float() for name, part in reference.emb_l.state_dict().items()}
+    reference.emb_l.load_state_dict(rows)
+    path = saved(reference, tmp_path / "dlrm.pt")
+    file = torch.load(path, weights_only=False)
+    for name, part in file["state_dict"].items():
+        if name.startswith("emb_l.") and "proj" not in name:
+            file["state_dict"][name] = part.half()
+    torch.save(file, path)
+    model, _ = load_dlrm_checkpoint(path, qr_operation="mult" if kind == "mult" else None)
+    tables = [module for module in model.modules() if isinstance(module, OwnsTables)]
+    factors = [module.factors for module in model.modules() if isinstance(module, WeightedEmbeddingBag)]
+    formats = [name for table in tables for name in table.row_formats().values() if table not in factors]
+    assert set(formats) == {"fp16"}
+    for batch in batches(SIZES, BOTTOM[0], 16, 3):
+        expected = reference(batch)
+        assert_close(model(batch.dense, jagged(batch)).sigmoid(), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["plain", "add"])

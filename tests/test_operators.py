@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlrm_rs
 from batches import batch
+from dlrm_rs.operators import traced
 from dlrm_rs.tables import EmbeddingTables
 
 # opcheck asks tensors that are no leaves for their gradient.
@@ -101,6 +103,22 @@ def test_gradients_are_well_made_operators() -> None:
         torch.library.opcheck(torch.ops.dlrm_rs.dense_gradient, (*about, *bags, None, None, grad, *flags))
     rows = [part.detach() for part in tables.parts()]
     torch.library.opcheck(torch.ops.dlrm_rs.per_sample_weights_gradient, (rows, *about, *bags, grad))
+
+
+@pytest.mark.parametrize("optimizer", [None, OPTIMIZERS["sgd"]])
+def test_modules_take_the_direct_way_where_nothing_is_traced(optimizer: Any) -> None:
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operators.add(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    bag = dlrm_rs.EmbeddingBag(9, 3, mode="sum", max_norm=1.0, optimizer=optimizer)
+    operators: set[str] = set()
+    with Recorded():  # type: ignore[no-untyped-call]
+        bag(torch.tensor([[1, 2]])).sum().backward()
+        assert operators == {"aten"}
+        traced.lookup(bag._tables, torch.tensor([1, 2]), None, 1, None, False, [False])
+        assert operators == {"aten", "dlrm_rs"}
 
 
 def test_renorm_is_a_well_made_operator() -> None:

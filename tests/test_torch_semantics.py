@@ -99,6 +99,19 @@ def test_from_pretrained_passes_every_argument_on(ours: Any, theirs: Any) -> Non
     assert torch.equal(modules[0].weight, rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(dlrm_rs.EmbeddingBag, nn.EmbeddingBag), (dlrm_rs.Embedding, nn.Embedding)]
+)
+def test_rows_to_start_from_are_stored_in_their_dtype(ours: Any, theirs: Any, dtype: torch.dtype) -> None:
+    rows = torch.randn(4, 2, dtype=dtype)
+    for kind in (ours, theirs):
+        for module in (kind(4, 2, _weight=rows), kind.from_pretrained(rows)):
+            assert torch.equal(module.weight, rows)
+            assert module(ROW).dtype is dtype
+    assert ours(4, 2, _weight=rows, dtype="fp32").weight.dtype is torch.float32
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "EmbeddingBag": lambda: dlrm_rs.EmbeddingBag(4, 2),
     "Embedding": lambda: dlrm_rs.Embedding(4, 2, dtype="int8"),

@@ -200,3 +200,21 @@ def test_sizes_may_be_numpys() -> None:
     bags = dlrm_rs.EmbeddingBag(five, five, mode="sum", sparse=True, padding_idx=five - 1)
     assert bags(torch.tensor([[4]])).tolist() == [[0] * 5]
     assert QREmbeddingBag(five * 10, five, five)(torch.tensor([[49]])).shape == (1, 5)
+
+
+@pytest.mark.parametrize("optimizer", [None, dlrm_rs.optim.SGD(lr=0.1)])
+def test_rows_of_half_precision_to_start_from(optimizer: Any) -> None:
+    rows, few = torch.randn(10, 4).half(), torch.randn(5, 4).half()
+    qr = QREmbeddingBag(10, 4, 5, mode="sum", _weight=[few[:2], few], optimizer=optimizer)
+    pr = PrEmbeddingBag(10, 4, 8, _weight=rows, optimizer=optimizer)
+    weighted = WeightedEmbeddingBag(10, 4, _weight=rows, _factors=torch.rand(10, 1).half(), optimizer=optimizer)
+    tables = [qr.quotient, qr.remainder, pr.embs, weighted.bag]
+    assert all(table.weight.dtype is torch.float16 for table in tables)
+    assert weighted.factors.weight.dtype is torch.float32
+    for bag in (qr, pr, weighted):
+        before = [parameter.detach().clone() for parameter in bag.parameters()]
+        bag(torch.tensor([[1, 2, 7]])).float().square().sum().backward()
+        if optimizer is None:
+            assert all(parameter.grad is not None for parameter in bag.parameters())
+        else:
+            assert not torch.equal(next(bag.parameters()), before[0])

@@ -40,7 +40,8 @@ class Embedding(OwnsTable, nn.Embedding):
         _freeze: Do not train the table.
         device: None or the CPU.
         dtype: How a row is stored: a torch dtype (float32, float16, bfloat16) or a row format by name, "fp32", "fp16",
-            "bf16", "int8", "int4" or "int2". Quantized rows, the last three, are trained by `optimizer` alone.
+            "bf16", "int8", "int4" or "int2". Quantized rows, the last three, are trained by `optimizer` alone. By
+            default as `_weight`, or float32.
         optimizer: One of `dlrm_rs.optim`: backward then updates the rows itself and `weight.grad` stays None.
         output_dtype: Of the output: float32, float16 or bfloat16. By default `dtype` where that is a torch dtype, as in
             torch, else float32.
@@ -97,6 +98,7 @@ class Embedding(OwnsTable, nn.Embedding):
         if _weight is not None:
             check_table_weight("_weight", _weight, (num_embeddings, embedding_dim))
             check_no_nan("_weight", _weight)
+            dtype = dtype or _weight.dtype
         self._tables = single_table(
             self,
             "embedding",
@@ -155,7 +157,7 @@ class Embedding(OwnsTable, nn.Embedding):
         *,
         optimizer: OptimizerSpec | None = None,
     ) -> Self:
-        """Make one from rows, `(N, D)` float32, which are copied.
+        """Make one from rows, `(N, D)` float32, float16 or bfloat16, which are copied.
 
         Args:
             embeddings: The rows.

@@ -67,6 +67,7 @@ class PrEmbeddingBag(nn.Module):
             _weight=_weight,
             dtype=dtype,
             optimizer=optimizer,
+            output_dtype=torch.float32,  # that of the projection
         )
         self.proj: nn.Module = nn.Identity()
         if embedding_dim < base_dim:

@@ -76,6 +76,7 @@ class WeightedEmbeddingBag(nn.Module):
             sparse=sparse,
             _weight=torch.ones(num_embeddings, 1, device="cpu") if _factors is None else _factors,
             _freeze=not learned,
+            dtype=torch.float32,
             optimizer=optimizer if learned else None,
         )
         self.embedding_dim = embedding_dim
