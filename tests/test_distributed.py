@@ -62,10 +62,11 @@ def run(tmp_path: Path, code: str, world: int = 2) -> None:
         for rank in range(world)
     ]
     try:
-        printed = [process.communicate(timeout=120) for process in processes]
+        printed = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert [out.split()[-1:] for out, _ in printed] == [["done"]] * world, "\n".join(error for _, error in printed)
 
 
