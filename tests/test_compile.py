@@ -5,6 +5,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -221,6 +222,26 @@ def test_what_the_user_changes_in_a_weight_is_seen() -> None:
         assert not compiled(ids).requires_grad
         model.load_state_dict({"weight": torch.full((4, 2), 3.0)})
         assert compiled(ids).tolist() == [[6, 6]]
+
+
+def test_what_the_user_puts_in_the_place_of_codes_is_seen(places: list[bool]) -> None:
+    bag = dlrm_rs.EmbeddingBag(20, 4, mode="sum", dtype="int8").requires_grad_(False)
+    compiled = torch.compile(bag, fullgraph=True, backend="aot_eager")
+    ids = torch.tensor([[1, 2], [3, 3]])
+    codes = bag.weight_codes
+    changes: list[Callable[[Tensor], Any]] = [
+        lambda new: setattr(bag, "weight_codes", new),
+        lambda new: setattr(bag.weight_codes, "data", new),
+        lambda new: bag._buffers.update(weight_codes=new),
+        codes.copy_,  # no part of the module any more
+    ]
+    seen = [compiled(ids)]
+    for number, change in enumerate(changes):
+        change(torch.full((20, 4), number, dtype=torch.uint8))
+        seen.append(compiled(ids))
+        assert torch.equal(seen[-1], bag(ids))
+    assert [torch.equal(*pair) for pair in pairwise(seen)] == [False, False, False, True]
+    assert all(places)
 
 
 def test_functional_call_uses_the_given_weight() -> None:
