@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import sys
 import weakref
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dlrm_rs
+from dlrm_rs.quantization import encoding
 
 FORMATS = ["fp16", "bf16", "int8", "int4", "int2"]
 
@@ -189,7 +189,7 @@ def test_the_first_row_that_is_not_finite_is_named(dtype: str, dim: int, numbers
 def test_without_memory_for_a_table_those_before_it_are_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = model()
     others = copy.deepcopy(tables)
-    kind = sys.modules["dlrm_rs.quantization.quantize"]._Encoding
+    kind = encoding.Encoding
     encode, calls = kind.encode, []
 
     def encode_or_fail(self: Any, table: Any, *args: Any) -> Any:
