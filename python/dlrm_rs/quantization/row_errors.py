@@ -1,13 +1,15 @@
 """Mean and 99th percentile of the errors of rows, over one table or over many.
 
 Guarantees that nothing of the size of a table is allocated: all there is to keep are the errors themselves, 4 bytes a
-row, and their weights, another 4.
+row, their weights, another 4, and once more those of the largest hundredth or so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,13 +19,16 @@ __all__ = ["RowErrors", "mean_error", "p99_error", "row_weights"]
 # Rows looked at together: their indices into a histogram take 8 bytes each.
 _CHUNK = 1 << 16
 
-# Rows that tell where the 99th percentile is about, and of those near it the most that are kept.
-_SAMPLES = 1 << 13
-_MANY = 1 << 20
+# Of so many rows one tells where the 99th percentile is about.
+_STEP = 128
+
+# Up to so many rows are not asked where it is about.
+_FEW = 1 << 14
 
 
-class RowErrors(NamedTuple):
-    """The errors of a table's rows.
+@dataclass(frozen=True, eq=False)
+class RowErrors:
+    """The errors of a table's rows. What is made of them is kept: leave them as they are.
 
     Attributes:
         errors: `(N,)` float32, none negative.
@@ -32,6 +37,29 @@ class RowErrors(NamedTuple):
 
     errors: NDArray[np.float32]
     weights: NDArray[np.float32] | None = None
+
+    @cached_property
+    def sums(self) -> tuple[float, float]:
+        """Of the errors, weighted, and of the weights; in float64, into which nothing is copied."""
+        if self.weights is None:
+            return float(np.sum(self.errors, dtype=np.float64)), float(len(self.errors))
+        weighted = np.einsum("i,i->", self.errors, self.weights, dtype=np.float64)
+        return float(weighted), float(np.sum(self.weights, dtype=np.float64))
+
+    @cached_property
+    def samples(self) -> NDArray[np.float32]:
+        """Some errors, ascending."""
+        return np.sort(self.errors[::_STEP])
+
+    @cached_property
+    def _tail(self) -> tuple[np.float32, NDArray[np.float32]]:
+        low = _below_p99(self.samples) if len(self.errors) > _FEW else np.float32(-np.inf)
+        return low, _above(self.errors, low)
+
+    def above(self, low: np.float32) -> NDArray[np.float32]:
+        """Those errors that are not up to `low`, in any order."""
+        tail_low, tail = self._tail
+        return _above(tail if low >= tail_low else self.errors, low)
 
 
 def row_weights(table: str, weights: ArrayLike, num_embeddings: int) -> NDArray[np.float32]:
@@ -75,33 +103,26 @@ def mean_error(tables: Sequence[RowErrors]) -> float:
         >>> mean_error([RowErrors(np.float32([1, 2])), RowErrors(np.float32([6]))])
         3.0
     """
-    weighted = total = 0.0
-    for errors, weights in tables:
-        # Both sum in float64 as they read, without a copy in it.
-        if weights is None:
-            weighted += float(np.sum(errors, dtype=np.float64))
-            total += len(errors)
-        else:
-            weighted += float(np.einsum("i,i->", errors, weights, dtype=np.float64))
-            total += float(np.sum(weights, dtype=np.float64))
+    sums = [rows.sums for rows in tables]
+    weighted, total = sum(of for of, _ in sums), sum(of for _, of in sums)
     return weighted / total if total else 0.0
 
 
 def p99_error(tables: Sequence[RowErrors]) -> float:
     """The least error that 99 % of all rows of some tables, by weight, do not exceed; 0 without rows.
 
-    Exact: it is the error of a row. Floats of one sign are ordered as their bits are; so rows that count alike are
-    compared with two that it lies between, as some of the rows tell, and of those in between it is picked. Else, or
-    where these are many, two histograms of 16 bits each find it. NaN counts as the largest.
+    Exact: it is the error of a row. Of rows that count alike it is picked among those beyond a number that is a little
+    less, as some of the rows tell. Else two histograms of 16 bits each find it, as floats of one sign are ordered as
+    their bits are. NaN counts as the largest.
 
     Example:
         >>> p99_error([RowErrors(np.arange(200, dtype=np.float32))])
         197.0
     """
-    if all(weights is None for _, weights in tables):
-        found = _pick(tables)
+    if all(rows.weights is None for rows in tables):
+        found = _picked([rows for rows in tables if len(rows.errors)])
         if found is not None:
-            return _of_bits(found)
+            return found
     high = np.zeros(1 << 16)
     for bits, weights in _chunks(tables):
         high += np.bincount(bits >> 16, weights, minlength=len(high))
@@ -114,36 +135,40 @@ def p99_error(tables: Sequence[RowErrors]) -> float:
         inside = bits >> 16 == upper
         low += np.bincount(bits[inside] & 0xFFFF, None if weights is None else weights[inside], minlength=len(low))
     lower = _first_at_99(low, float(high[:upper].sum()), total)
-    return _of_bits(upper << 16 | lower)
+    return float(np.array(upper << 16 | lower, dtype=np.uint32).view(np.float32))
 
 
-def _of_bits(bits: int) -> float:
-    return float(np.array(bits, dtype=np.uint32).view(np.float32))
-
-
-def _pick(tables: Sequence[RowErrors]) -> int | None:
-    """The bits of the error, where all rows count alike; None where it is not between those guessed, or many are."""
-    count = sum(len(errors) for errors, _ in tables)
+def _picked(tables: Sequence[RowErrors]) -> float | None:
+    """The error, where all rows count alike; None where it is not beyond what is guessed to be a little less."""
+    if not tables:
+        return None
+    count = sum(len(rows.errors) for rows in tables)
     place = -(-99 * count // 100) - 1  # of all rows, from the least error on
-    if place < 0:
-        return None
-    step = -(-count // _SAMPLES)
-    some = np.sort(np.concatenate([np.abs(errors[::step]).view(np.uint32) for errors, _ in tables]))
-    # Of samples, as many are off by more than this as one in 10,000 guesses.
-    slack = len(some) // 200 + 1
-    middle = place * len(some) // count
-    low, high = some[max(middle - slack, 0)], some[min(middle + slack, len(some) - 1)]
-    below, between, found = 0, 0, []
-    for bits, _ in _chunks(tables):
-        not_below = bits[bits >= low]
-        below += len(bits) - len(not_below)
-        found.append(not_below[not_below <= high])
-        between += len(found[-1])
-        if between > _MANY:
-            return None
-    if not below <= place < below + between:
-        return None
-    return int(np.partition(np.concatenate(found), place - below)[place - below])
+    for low in _guesses(tables):
+        above = np.concatenate([rows.above(low) for rows in tables])
+        at = place - (count - len(above))
+        if at >= 0:
+            return float(np.partition(above, at)[at])
+    return None
+
+
+def _guesses(tables: Sequence[RowErrors]) -> Iterator[np.float32]:
+    # Where tables are alike, what is beyond every one's own guess is known already.
+    yield max(rows._tail[0] for rows in tables)
+    yield _below_p99(np.sort(np.concatenate([rows.samples for rows in tables])))
+
+
+def _below_p99(samples: NDArray[np.float32]) -> np.float32:
+    """A number that the 99th percentile of what ascending samples are of is hardly ever less than, and not far from."""
+    # Off by four times the deviation of how many samples are beyond it.
+    off = 4 * math.sqrt(0.01 * len(samples)) + 1
+    return np.float32(samples[max(int(0.99 * len(samples) - off), 0)])
+
+
+def _above(errors: NDArray[np.float32], low: np.float32) -> NDArray[np.float32]:
+    """Those that are not up to `low`; NaN is not."""
+    chunks = (errors[start : start + _CHUNK] for start in range(0, len(errors), _CHUNK))
+    return np.concatenate([chunk[~(chunk <= low)] for chunk in chunks] or [errors])
 
 
 def _first_at_99(histogram: NDArray[np.float64], below: float, total: float) -> int:
@@ -156,7 +181,8 @@ def _first_at_99(histogram: NDArray[np.float64], below: float, total: float) -> 
 
 def _chunks(tables: Sequence[RowErrors]) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.float32] | None]]:
     """Bits of the errors, and their weights."""
-    for errors, weights in tables:
+    for table in tables:
+        errors, weights = table.errors, table.weights
         for start in range(0, len(errors), _CHUNK):
             rows = slice(start, start + _CHUNK)
             # The sign of a NaN is arbitrary.
