@@ -170,6 +170,15 @@ impl Avx2 {
         have!(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high)))
     }
 
+    /// Integers from 0 to 255 as bytes.
+    #[inline(always)]
+    fn to_bytes(self, v: Pair) -> __m128i {
+        have!({
+            let words = self.narrow(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+            _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
+        })
+    }
+
     /// [`Simd::same_bits`] of half a vector.
     #[inline(always)]
     fn same_half(self, a: __m256, b: __m256) -> __m256 {
@@ -314,11 +323,28 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn store_int8(self, to: &mut [u8; LANES], v: Pair) {
+        have!(_mm_storeu_si128(to.as_mut_ptr().cast(), self.to_bytes(v)));
+    }
+
+    #[inline(always)]
+    fn store_int4(self, to: &mut [u8; LANES / 2], v: Pair) {
         have!({
-            let words = self.narrow(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
-            let bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
-            _mm_storeu_si128(to.as_mut_ptr().cast(), bytes);
+            // Of two neighbours, the second is 16 times as much: 8 words of 8 bits, the others zero.
+            let pairs = _mm_maddubs_epi16(self.to_bytes(v), _mm_set1_epi16(0x1001));
+            _mm_storel_epi64(to.as_mut_ptr().cast(), _mm_packus_epi16(pairs, pairs));
         });
+    }
+
+    #[inline(always)]
+    fn store_int2(self, to: &mut [u8; LANES / 4], v: Pair) {
+        let fours = have!({
+            // Of two neighbours, the second is 4 times as much; of two such pairs, 16 times.
+            let pairs = _mm_maddubs_epi16(self.to_bytes(v), _mm_set1_epi16(0x0401));
+            let fours = _mm_madd_epi16(pairs, _mm_set1_epi32(0x0010_0001));
+            let words = _mm_packus_epi32(fours, fours);
+            _mm_cvtsi128_si32(_mm_packus_epi16(words, words))
+        });
+        *to = fours.to_le_bytes();
     }
 
     #[inline(always)]
