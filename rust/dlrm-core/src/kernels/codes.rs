@@ -12,12 +12,11 @@
 
 use super::fit::{Affine, Span};
 use super::stochastic::{Random, random_bits};
-use super::touched::map;
-use super::{Kernel, Simd};
+use super::{Kernel, LANES, Simd};
 use crate::RowFormat;
 use crate::cache::{CachedRows, Ways};
 use crate::disjoint::Disjoint;
-use crate::rows::{Int2, Int4, Int8, Packing, Rows, pack};
+use crate::rows::{Int2, Int4, Int8, Map, Packing, Rows, pack_mapped};
 use crate::scales::{self, ScaleFormat};
 use crate::table_rows::{RowsRef, UNIFORM};
 
@@ -64,22 +63,22 @@ impl CodeRows<'_> {
         one.quantized(packing).copy(simd, 0, into);
     }
 
-    /// Writes a row of these elements, of which its codes are left.
+    /// Writes a row of these elements, which reach so far.
     #[inline(always)]
-    fn encode<S: Simd, P: Packing<Unit = u8>>(&self, simd: S, packing: P, row: usize, elements: &mut [f32]) {
+    fn encode<S: Simd, P: Packing<Unit = u8>>(
+        &self,
+        simd: S,
+        packing: P,
+        row: usize,
+        elements: &[f32],
+        span: Option<Span>,
+    ) {
         let (codes, pair) = self.row(row);
         let largest = self.format.largest_code();
-        let affine = around(Span::of(simd, elements), self.scale_format, largest);
+        let affine = around(span, self.scale_format, largest);
         scales::store(self.scale_format, pair, 0, [affine.scale, affine.bias]);
-        let (zero, largest) = (simd.splat(0.0), simd.splat(largest));
-        // In this order NaN becomes 0.
-        map(simd, elements, |x| simd.min(simd.max(affine.to_codes(simd, x), zero), largest));
         let key = self.random.of_row(row);
-        // A loop of its own over the row, which compilers bring into vectors.
-        for (column, x) in (0..).zip(&mut *elements) {
-            *x = drawn(*x, random_bits(key, column));
-        }
-        pack(simd, packing, elements, codes);
+        pack_mapped(simd, packing, elements, codes, &mut Draw { affine, largest, key, words: 0 });
     }
 }
 
@@ -103,12 +102,38 @@ fn around(span: Option<Span>, stored: ScaleFormat, largest_code: f32) -> Affine 
     }
 }
 
-/// One of the two integers around a number from 0 to 255.
+/// Elements of a row, in their order, become codes.
+struct Draw {
+    affine: Affine,
+    largest: f32,
+    key: [u32; 2],
+    /// Random words that have been used, each by two elements.
+    words: u32,
+}
+
+impl<S: Simd> Map<S> for Draw {
+    #[inline(always)]
+    fn map(&mut self, simd: S, x: S::V, _len: usize) -> S::V {
+        // In this order NaN becomes 0.
+        let x = simd.max(self.affine.to_codes(simd, x), simd.splat(0.0));
+        let mut lanes = simd.lanes(simd.min(x, simd.splat(self.largest)));
+        for i in 0..LANES / 2 {
+            let bits = random_bits(self.key, self.words + i as u32);
+            lanes[i] = drawn(lanes[i], bits & 0x7FFF);
+            lanes[i + LANES / 2] = drawn(lanes[i + LANES / 2], bits >> 17);
+        }
+        self.words += LANES as u32 / 2;
+        simd.load(&lanes)
+    }
+}
+
+/// One of the two integers around a number from 0 to 255, whose fraction is taken to 15 bits; so many are random.
 #[inline(always)]
 fn drawn(x: f32, random: u32) -> f32 {
-    const BITS: u32 = 16;
-    let fixed = (x * (1 << BITS) as f32) as i32 + (random & ((1 << BITS) - 1)) as i32;
-    (fixed >> BITS) as f32
+    /// Numbers from here to twice this differ by 2^-15, which is their lowest bit.
+    const BEGIN: f32 = 256.0;
+    let fixed = (x + BEGIN).to_bits() - BEGIN.to_bits();
+    ((fixed + random) >> 15) as f32
 }
 
 /// Brings rows into fp32.
@@ -118,11 +143,11 @@ pub(crate) struct Decode<'a> {
     pub(crate) into: &'a mut [f32],
 }
 
-/// Writes rows of fp32 back, of which their codes are left.
+/// Writes rows of fp32 back.
 pub(crate) struct Encode<'a> {
     pub(crate) all: &'a CodeRows<'a>,
     pub(crate) rows: &'a [usize],
-    pub(crate) from: &'a mut [f32],
+    pub(crate) from: &'a [f32],
 }
 
 /// Runs `$body` with `$packing` that of the rows.
@@ -167,8 +192,11 @@ impl Kernel for Encode<'_> {
     fn run<S: Simd>(self, simd: S) {
         let Self { all, rows, from } = self;
         with_packing!(all.format, |packing| {
-            for (&row, from) in rows.iter().zip(from.chunks_exact_mut(all.dim)) {
-                all.encode(simd, packing, row, from);
+            for (rows, from) in rows.chunks(LANES).zip(from.chunks(LANES * all.dim)) {
+                let spans = Span::of_finite_rows(simd, &from[..rows.len() * all.dim], all.dim);
+                for ((&row, from), span) in rows.iter().zip(from.chunks_exact(all.dim)).zip(spans) {
+                    all.encode(simd, packing, row, from, span);
+                }
             }
         });
     }
@@ -204,7 +232,7 @@ mod tests {
             ways: None,
         };
         let rows: Vec<_> = (0..count).collect();
-        level.run(Encode { all: &all, rows: &rows, from: &mut row.repeat(count) });
+        level.run(Encode { all: &all, rows: &rows, from: &row.repeat(count) });
         let mut decoded = vec![0.0; count * dim];
         level.run(Decode { all: &all, rows: &rows, into: &mut decoded });
         decoded

@@ -51,6 +51,18 @@ impl Span {
         finite.then(|| Self::new(max, down))
     }
 
+    /// Of up to [`LANES`] rows; `None` of those that have a NaN or an infinity.
+    #[inline(always)]
+    pub(super) fn of_finite_rows<S: Simd>(simd: S, rows: &[f32], dim: usize) -> [Option<Self>; LANES] {
+        let finite = are_finite(simd, rows);
+        let all = Self::of_rows(simd, rows, dim);
+        let mut spans = [None; LANES];
+        for (i, row) in rows.chunks_exact(dim).enumerate() {
+            spans[i] = if finite { Some(all[i]) } else { Self::of(simd, row) };
+        }
+        spans
+    }
+
     /// Of up to [`LANES`] rows; anything of those that are not finite.
     #[inline(always)]
     pub(super) fn of_rows<S: Simd>(simd: S, rows: &[f32], dim: usize) -> [Self; LANES] {
@@ -77,6 +89,20 @@ impl Span {
     pub(crate) fn largest(self) -> f32 {
         self.max.max(-self.min)
     }
+}
+
+/// Whether none is a NaN or an infinity.
+#[inline(always)]
+fn are_finite<S: Simd>(simd: S, elements: &[f32]) -> bool {
+    // A number less itself is 0, what is not finite less itself a NaN, which stays in the sum.
+    let mut sum = simd.splat(0.0);
+    let mut at = 0;
+    while at < elements.len() {
+        let x = simd.load_at(elements, at);
+        sum = simd.add(sum, simd.sub(x, x));
+        at += LANES;
+    }
+    simd.sum(sum) == 0.0
 }
 
 /// How far the elements reach that come to the same lane.
