@@ -15,7 +15,7 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -139,7 +139,8 @@ class EmbeddingTables:
         self.algorithm = optimizer.algorithm if optimizer else None
         # Whether a Parameter is to be trained that comes back after its rows were quantized.
         self._trainable = [weight is None or weight.requires_grad for weight in present]
-        self._slots = [self._slot(table) for table in range(len(tables))]
+        self._slots: list[dict[str, nn.Parameter | None]] = [{}] * len(tables)
+        self._find_slots(range(len(tables)))
         self._split_bf16 = optimizer is not None and optimizer.split_bf16
         self.key = self._new_key()
         handle = self._new_handle()
@@ -204,6 +205,8 @@ class EmbeddingTables:
         """
         if self.buffers.in_hands:
             self._take_in()
+        if self._fixed is not None:
+            return self._fixed
         weights, layouts = self._present()
         if layouts != self.memory.layouts:
             with _ADOPTING:
@@ -225,6 +228,13 @@ class EmbeddingTables:
                 "weight: expected a Parameter of the module, and there is none; torch.nn.utils.parametrize and pruning "
                 "put a computed tensor in its place, which a table in the engine's memory cannot be"
             ) from None
+
+    def _find_slots(self, tables: Iterable[int]) -> None:
+        """Find the weights of some tables, whose rows have been exchanged."""
+        for table in tables:
+            self._slots[table] = self._slot(table)
+        # Where all rows are codes, no weight is over the engine's memory, and none is to be looked at before each use.
+        self._fixed = self.tied() if all(name in QUANTIZED for name in self.row_formats) else None
 
     def _slot(self, table: int) -> dict[str, nn.Parameter | None]:
         """Where to find the weight of a table; of a quantized one, what stands in for it, made where it is needed."""
@@ -409,7 +419,7 @@ class EmbeddingTables:
                     new.weight.grad = None
                     new.weight.data = view
                     parameters["weight"] = new.weight
-            self._slots[table] = self._slot(table)
+            self._find_slots([table])
             self._show(table)
             if self.optimizer is not None:
                 self.optimizer.rows_moved(self.tied(), self._states(memory))
@@ -461,7 +471,7 @@ class EmbeddingTables:
             self.handle.clear_optimizer()
             self.memory.find_states()
             self.optimizer = self.algorithm = None
-            self._slots = [self._slot(table) for table in range(len(self.tables))]
+            self._find_slots(range(len(self.tables)))
 
     def check_unshared(self, refused: str) -> None:
         """Refuse what must not be done to rows that other processes have, too.
