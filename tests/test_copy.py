@@ -249,7 +249,7 @@ def test_an_allocation_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatc
         def __init__(self, *args: Any) -> None:
             pass
 
-        def set_optimizer(self, name: str, split_bf16: bool) -> None:
+        def set_optimizer(self, name: str, split_bf16: bool, state_format: str) -> None:
             raise MemoryError
 
     module.weight = nn.Parameter(torch.rand(6, 3))

@@ -22,6 +22,7 @@ OPTIMIZERS: dict[str, dlrm_rs.optim.OptimizerSpec] = {
     "sgd": dlrm_rs.optim.SGD(lr=0.5),
     "adagrad": dlrm_rs.optim.Adagrad(lr=0.5),
     "rowwise_adagrad": dlrm_rs.optim.RowWiseAdagrad(lr=0.5),
+    "adam with state in bf16": dlrm_rs.optim.Adam(lr=0.5, state_dtype="bf16"),
 }
 
 

@@ -85,7 +85,7 @@ impl Workload {
 
     /// Gives the tables an optimizer, for [`Workload::update`].
     pub fn set_optimizer(&self, kind: Kind, ctx: &Context) -> Result<()> {
-        self.set.set_optimizer(kind, false, ctx)
+        self.set.set_optimizer(kind, false, RowFormat::Fp32, ctx)
     }
 
     /// Updates the rows of the next batch, from a gradient of what was looked up last.

@@ -207,7 +207,7 @@ class TableSet:
     def clear_optimizer(self) -> None:
         """Give the fused optimizer and its state up."""
 
-    def set_optimizer(self, name: str, split_bf16: bool) -> None:
+    def set_optimizer(self, name: str, split_bf16: bool, state_format: str) -> None:
         """Choose the fused optimizer, and allocate its zeroed state.
 
         Args:
@@ -215,13 +215,14 @@ class TableSet:
                 `"lamb"`, `"partial_rowwise_lamb"`, `"lars_sgd"`, `"rowwise_rmsprop"` or `"ftrl"`.
             split_bf16: keep the lower 16 bits of bf16 rows beside them, so that updates are of fp32 numbers; else they
                 are rounded stochastically, as those of fp16 are.
+            state_format: how the state is kept, `"fp32"`, or `"bf16"`, rounded stochastically; `ValueError` for `"ftrl"`.
         """
 
     def optimizer_state(self, table: int) -> dict[str, _F32 | NDArray[np.int16]]:
         """The state of the fused optimizer: writable views, `(N, D)` or `(N,)`, by torch's names where torch has it.
 
         `{"sum": (N, D)}` for adagrad, `{"sum": (N,)}` for rowwise_adagrad, `{}` for sgd; and `"low_bits"`, `(N, D)` int16,
-        where the lower bits of bf16 rows are kept.
+        where the lower bits of bf16 rows are kept. Of state in bf16, int16 with its bits.
         """
 
     def put_optimizer_state(self, table: int, name: str, array: NDArray[Any]) -> None:

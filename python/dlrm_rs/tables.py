@@ -32,7 +32,7 @@ from dlrm_rs.hot_rows import HOT_PARTS, hot_ways, without_marks
 from dlrm_rs.layout import FeatureSpec, Layout, TableSpec
 from dlrm_rs.memory import NO_WEIGHT, Layouts, Memory, layouts_of, tensors
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
-from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array
+from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_tensor
 
 if TYPE_CHECKING:
     from dlrm_rs.operators.sharing import Sharing
@@ -142,6 +142,7 @@ class EmbeddingTables:
         self._slots: list[dict[str, nn.Parameter | None]] = [{}] * len(tables)
         self._find_slots(range(len(tables)))
         self._split_bf16 = optimizer is not None and optimizer.split_bf16
+        self._state_format = "fp32" if optimizer is None else optimizer.state_format
         self.key = self._new_key()
         handle = self._new_handle()
         for table, weight in enumerate(present):
@@ -251,7 +252,7 @@ class EmbeddingTables:
         tables = zip(self.tables, self.row_formats, strict=True)
         handle = TableSet([(*table[:3], row_format) for table, row_format in tables], self.features)
         if self.algorithm is not None:
-            handle.set_optimizer(self.algorithm, self._split_bf16)
+            handle.set_optimizer(self.algorithm, self._split_bf16, self._state_format)
         for table in range(len(self.tables)):
             self._keep_hot(handle, table)
         return handle
@@ -284,8 +285,12 @@ class EmbeddingTables:
         _OWNERS.update({address: self for address in memory.layouts.addresses if address})
 
     def _states(self, memory: Memory) -> list[dict[str, Tensor]]:
+        def tensor(name: str, array: NDArray[Any]) -> Tensor:
+            # The lower halves of rows are integers; else int16 holds the bits of bfloat16.
+            return torch.from_numpy(array) if name == "low_bits" else as_tensor(array)
+
         states = (memory.handle.optimizer_state(table) for table in range(len(self.tables)))
-        return [{name: torch.from_numpy(array) for name, array in state.items()} for state in states]
+        return [{name: tensor(name, array) for name, array in state.items()} for state in states]
 
     def _encoded(self, table: int, source: Tensor) -> TableRows:
         """Rows in the table's format, made of a tensor `(N, D)`."""

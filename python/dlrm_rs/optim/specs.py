@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
+
+from dlrm_rs.row_formats import row_format
 
 __all__ = [
     "FTRL",
@@ -26,7 +29,8 @@ __all__ = [
 ]
 
 # Of how a spec is used, not of its formula: not in parameter groups.
-_USES = ("table_lr", "split_bf16", "initial_accumulator_value")
+_USES = ("table_lr", "split_bf16", "state_dtype", "initial_accumulator_value")
+_NO_NUMBERS = ("update", "check_finite", "split_bf16", "state_dtype", "nesterov", "decoupled_weight_decay")
 # None for no bound.
 _BOUNDS = ("clip_norm", "clip_value", "max_norm")
 # Decay by this much leaves less than nothing.
@@ -51,6 +55,11 @@ class OptimizerSpec:
         split_bf16: Keep the lower 16 bits of bf16 rows beside them, in the optimizer's state: updates are then those of
             fp32 rows, and lookups read the bfloat16 nearest to each element. Else bf16 rows, and always fp16 rows and
             the codes of quantized ones, are rounded stochastically, unbiased, after every update.
+        state_dtype: How sums, means and momentum are kept: "fp32", or "bf16" (or the torch dtypes), which takes half
+            the bytes. Arithmetic is in fp32, and the result rounded stochastically: by rounding to the nearest a sum
+            would stop to grow, and a mean would not follow. So a sum or mean of squares is unbiased, and off by some
+            6 % of itself however many steps it has; its root, by which steps are divided, by half of that. Not for
+            FTRL, whose weights are computed anew from the state.
         seed: Of stochastic rounding, which depends on it, the step, and the place of an element, and on nothing else.
     """
 
@@ -66,19 +75,30 @@ class OptimizerSpec:
     update: Literal["backward", "step"] = "backward"
     check_finite: bool = False
     split_bf16: bool = False
+    state_dtype: torch.dtype | str = "fp32"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.update not in ("backward", "step"):
             raise ValueError(f"update: expected 'backward' or 'step', got {self.update!r}")
+        self.state_format  # noqa: B018 # refuses what is none
         numbers = {item.name: getattr(self, item.name) for item in fields(self)}
         numbers.update({f"table_lr[{name!r}]": lr for name, lr in numbers.pop("table_lr").items()})
         for name, value in numbers.items():
-            if name in ("update", "check_finite", "split_bf16", "nesterov", "decoupled_weight_decay"):
+            if name in _NO_NUMBERS:
                 continue
             for number in value if name == "betas" else (value,):
                 if not (number is None and name in _BOUNDS):
                     _check_number(name, number)
+
+    @property
+    def state_format(self) -> str:
+        """The engine's name of `state_dtype`.
+
+        Raises:
+            TypeError: There is no such format.
+        """
+        return row_format("state_dtype", self.state_dtype)
 
     def hyperparameters(self) -> dict[str, Any]:
         """What a parameter group holds, and the engine reads at every step."""

@@ -260,7 +260,7 @@ impl<'a> Target<'a> {
 
     /// A target for [`Store`]: all rows of a table, or the `rows` of it.
     fn stored(weights: &'a mut [f32], dim: usize, rows: Option<&'a [i64]>) -> Self {
-        let state = [Disjoint::new(&mut []), Disjoint::new(&mut [])];
+        let state = [0, 1].map(|_| Weights::Fp32(Disjoint::new(&mut [])));
         Self { weights: Weights::Fp32(Disjoint::new(weights)), state, dim, state_len: [0; PARTS], rows }
     }
 }

@@ -53,9 +53,9 @@ impl TableSpec {
     }
 
     /// Bytes of the state of an optimizer of this kind.
-    pub(crate) fn state_bytes(&self, kind: Kind) -> u128 {
-        let len: usize = kind.state_lens(self.dim).iter().sum();
-        self.rows as u128 * len as u128 * size_of::<f32>() as u128
+    pub(crate) fn state_bytes(&self, kind: Kind, format: RowFormat) -> u128 {
+        let lens = kind.state_lens(self.dim);
+        self.rows as u128 * lens.map(|len| format.row_bytes(len) as u128).iter().sum::<u128>()
     }
 }
 
@@ -86,6 +86,8 @@ pub(crate) struct Table {
     pub(crate) rows: TableRows,
     /// The parts that the optimizer has, the others empty.
     pub(crate) state: [Memory; PARTS],
+    /// How these are kept: fp32 or bf16.
+    pub(crate) state_format: RowFormat,
 }
 
 impl Table {
@@ -99,7 +101,7 @@ impl Table {
 
     /// These rows and no state.
     pub(crate) fn of_rows(spec: TableSpec, rows: TableRows, ctx: &Context) -> Result<Self> {
-        Ok(Self { spec, rows, state: Self::no_state(ctx)? })
+        Ok(Self { spec, rows, state: Self::no_state(ctx)?, state_format: RowFormat::Fp32 })
     }
 
     /// What a table has without an optimizer.
@@ -108,14 +110,14 @@ impl Table {
     }
 
     /// Zeroed state for an optimizer of this kind.
-    pub(crate) fn new_state(&self, kind: Kind, ctx: &Context) -> Result<[Memory; PARTS]> {
+    pub(crate) fn new_state(&self, kind: Kind, format: RowFormat, ctx: &Context) -> Result<[Memory; PARTS]> {
         let what = format!("{kind} state of table '{}'", self.spec.name);
         let [first, second] = kind.state_lens(self.spec.dim);
-        let zeroed = |len: usize| Memory::zeroed(self.spec.rows, len * size_of::<f32>(), &what, ctx);
+        let zeroed = |len: usize| Memory::zeroed(self.spec.rows, format.row_bytes(len), &what, ctx);
         Ok([zeroed(first)?, zeroed(second)?])
     }
 
-    /// All rows and their state, for a rule to change; `random` decides how rows that are not fp32 are rounded.
+    /// All rows and their state, for a rule to change; `random` decides how what is not fp32 is rounded.
     pub(crate) fn target(&mut self, random: Random) -> Target<'_> {
         let (dim, rows) = (self.spec.dim, &mut self.rows);
         let low: &mut [u16] = rows.low.as_mut_slice();
@@ -141,15 +143,20 @@ impl Table {
                 ways: rows.cache.as_mut().map(Cache::ways),
             }),
         };
-        let rows = self.spec.rows.max(1);
-        let state = self.state.each_mut().map(Memory::as_mut_slice::<f32>);
-        Target {
-            dim,
-            state_len: state.each_ref().map(|part| part.len() / rows),
-            weights,
-            state: state.map(Disjoint::new),
-            rows: None,
-        }
+        let (rows, format) = (self.spec.rows.max(1), self.state_format);
+        let state_len = self.state.each_ref().map(|part| part.bytes() / rows / format.row_bytes(1));
+        let [first, second] = &mut self.state;
+        let state = [(first, 0), (second, 1)].map(|(memory, part)| match format {
+            RowFormat::Bf16 if state_len[part] > 0 => Weights::Half(HalfRows {
+                half: Half::Bf16,
+                bits: Disjoint::new(memory.as_mut_slice()),
+                low: Disjoint::new(&mut []),
+                dim: state_len[part],
+                random: random.of_state(part),
+            }),
+            _ => Weights::Fp32(Disjoint::new(memory.as_mut_slice())),
+        });
+        Target { dim, state_len, weights, state, rows: None }
     }
 
     /// Refuses rows that an optimizer cannot change, for what `argument` asks.

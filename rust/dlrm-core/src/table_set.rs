@@ -127,10 +127,12 @@ impl TableSet {
     /// Chooses the optimizer of [`TableSet::update`], once, and gives every table zeroed state for it.
     ///
     /// With `split`, the lower halves of bf16 rows are kept beside them, so that updates are of fp32 numbers; else they
-    /// are rounded stochastically, as those of fp16 and of the quantized formats are.
-    pub fn set_optimizer(&self, kind: Kind, split: bool, ctx: &Context) -> Result<()> {
+    /// are rounded stochastically, as those of fp16 and of the quantized formats are. State is kept as `state`, fp32 or
+    /// bf16, which is rounded stochastically, too.
+    pub fn set_optimizer(&self, kind: Kind, split: bool, state: RowFormat, ctx: &Context) -> Result<()> {
+        kind.check_state(state)?;
         check_available(
-            self.specs.iter().map(|spec| spec.state_bytes(kind)).sum(),
+            self.specs.iter().map(|spec| spec.state_bytes(kind, state)).sum(),
             &format!("{kind} state of {}", describe(&self.specs)),
         )?;
         self.tables.write(|tables| {
@@ -139,7 +141,7 @@ impl TableSet {
                 return Err(Error::argument("optimizer", "to be chosen once", got));
             }
             tables.iter().try_for_each(|table| table.check_trainable("optimizer"))?;
-            let states = tables.iter().map(|table| table.new_state(kind, ctx));
+            let states = tables.iter().map(|table| table.new_state(kind, state, ctx));
             let states = states.collect::<Result<Vec<_>>>()?;
             let new_low = |Table { rows, spec, .. }: &Table| -> Result<_> {
                 let mut low = rows.new_low(split, &spec.name)?;
@@ -147,8 +149,8 @@ impl TableSet {
                 Ok(low)
             };
             let lows = tables.iter().map(new_low).collect::<Result<Vec<_>>>()?;
-            for (table, (state, low)) in tables.iter_mut().zip(states.into_iter().zip(lows)) {
-                (table.state, table.rows.low) = (state, low);
+            for (table, (memory, low)) in tables.iter_mut().zip(states.into_iter().zip(lows)) {
+                (table.state, table.state_format, table.rows.low) = (memory, state, low);
             }
             self.split.store(split, Ordering::Relaxed);
             let before = Kind::ALL.iter().take_while(|&&one| one != kind);
@@ -161,7 +163,7 @@ impl TableSet {
     pub fn clear_optimizer(&self, ctx: &Context) -> Result<()> {
         self.tables.write(|tables| {
             for table in tables {
-                table.state = Table::no_state(ctx)?;
+                (table.state, table.state_format) = (Table::no_state(ctx)?, RowFormat::Fp32);
                 table.rows.low = table.rows.new_low(false, &table.spec.name)?;
             }
             self.split.store(false, Ordering::Relaxed);
@@ -262,18 +264,29 @@ impl TableSet {
         })
     }
 
-    /// Calls `f` with a part of the optimizer state of a table, `(N, StatePart::len(D))`, and what keeps it in memory,
-    /// while no other call changes it.
-    pub fn read_state<R>(&self, table: usize, part: usize, f: impl FnOnce(&[f32], Keeper) -> R) -> Result<R> {
+    /// Calls `f` with how the optimizer state of a table is kept, the bytes of a part of it, `(N, StatePart::len(D))`, and
+    /// what keeps these in memory, while no other call changes it.
+    pub fn read_state<R>(
+        &self,
+        table: usize,
+        part: usize,
+        f: impl FnOnce(RowFormat, &[u8], Keeper) -> R,
+    ) -> Result<R> {
         self.tables.read(|tables| {
-            let state = &tables[table].state[part];
-            f(state.as_slice(), state.keeper())
+            let Table { state, state_format, .. } = &tables[table];
+            f(*state_format, state[part].as_slice(), state[part].keeper())
         })
     }
 
-    /// The same to be changed, while no other call has the set.
+    /// The same of state in fp32 to be changed, while no other call has the set.
+    ///
+    /// # Panics
+    /// When it is kept in another format.
     pub fn write_state<R>(&self, table: usize, part: usize, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
-        self.tables.write(|tables| f(tables[table].state[part].as_mut_slice()))
+        self.tables.write(|tables| {
+            assert_eq!(tables[table].state_format, RowFormat::Fp32, "state to write as fp32");
+            f(tables[table].state[part].as_mut_slice())
+        })
     }
 
     /// The same of the lower halves of the rows, `(N, D)`, where they are kept; else nothing.

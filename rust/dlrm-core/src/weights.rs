@@ -1,4 +1,5 @@
-//! Where the elements of a table's rows are while a rule changes them, and what they become before and after it.
+//! Where the elements of a table's rows are while a rule changes them, and what they become before and after it; and those
+//! of the state beside the rows, each part of which is kept as rows are.
 //!
 //! fp32 rows change in place. Others are decoded, changed in fp32 and encoded again.
 
@@ -19,9 +20,9 @@ pub(crate) enum Weights<'a> {
 }
 
 impl Weights<'_> {
-    /// Whether they change in place.
-    pub(crate) const fn are_fp32(&self) -> bool {
-        matches!(self, Self::Fp32(_))
+    /// Where to decode rows of `len` elements in all: nowhere if they change in place.
+    pub(crate) fn scratch(&self, len: usize) -> Vec<f32> {
+        vec![0.0; if matches!(self, Self::Fp32(_)) { 0 } else { len }]
     }
 
     /// Where the rows of `dim` elements are.

@@ -87,14 +87,17 @@ fn state_in_memory_of_someone_else_is_the_state() {
     let ctx = Context::default();
     let features = vec![Feature { table: 0, pooling: Pooling::Sum, padding: None }];
     let table = TableSet::new(vec![spec(2, RowFormat::Fp32)], features, &ctx).unwrap();
-    table.set_optimizer(Kind::Adagrad, false, &ctx).unwrap();
+    table.set_optimizer(Kind::Adagrad, false, RowFormat::Fp32, &ctx).unwrap();
     let rows = table.specs()[0].rows;
     let sums = vec![3.0_f32; rows * 2];
     table.put_state(0, Some(0), borrowed(bytemuck::cast_slice(&sums))).unwrap();
-    table.read_state(0, 0, |state, _| assert_eq!(state, sums)).unwrap();
+    let check = |format, state: &[u8]| {
+        assert_eq!((format, bytemuck::cast_slice(state)), (RowFormat::Fp32, &sums[..]));
+    };
+    table.read_state(0, 0, |format, state, _| check(format, state)).unwrap();
     let message = |part, bytes: &[u8]| table.put_state(0, part, borrowed(bytes)).unwrap_err().to_string();
     let expected = format!("state of table 't': expected {} bytes, got 4", rows * 8);
     assert_eq!(message(Some(0), &[0; 4]), expected);
     assert_eq!(message(None, &[0; 4]), "state of table 't': expected 0 bytes, got 4");
-    table.read_state(0, 0, |state, _| assert_eq!(state, sums)).unwrap();
+    table.read_state(0, 0, |format, state, _| check(format, state)).unwrap();
 }

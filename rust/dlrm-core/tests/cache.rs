@@ -36,7 +36,7 @@ impl Trained {
             TableRows::encode(&source, &spec(rows, dim, encoding.format), encoding, ctx).unwrap().rows;
         made.set.swap_rows(0, encoded).unwrap();
         made.set.add_cache(0, hot, ctx).unwrap();
-        made.set.set_optimizer(Kind::Adagrad, false, ctx).unwrap();
+        made.set.set_optimizer(Kind::Adagrad, false, RowFormat::Fp32, ctx).unwrap();
         made
     }
 
@@ -57,7 +57,7 @@ impl Trained {
 
     /// Elements, scales, state, and all of the cache.
     fn bytes(&self) -> Vec<Vec<u8>> {
-        let state = self.set.read_state(0, 0, |state, _| bytemuck::cast_slice(state).to_vec()).unwrap();
+        let state = self.set.read_state(0, 0, |_, state, _| state.to_vec()).unwrap();
         let rows = |rows: &TableRows| {
             let cache = rows.cache().unwrap();
             let fp32 = bytemuck::cast_slice(cache.rows.0).to_vec();
@@ -183,8 +183,9 @@ fn steps_after_a_copy_have_the_bytes_of_steps_without() {
         (1..=20).for_each(|step| whole.step(&skewed(900, 300, step), &ctx));
         let mut resumed = Trained { steps: whole.steps, ..Trained::without_rows(900, DIM) };
         resumed.set.swap_rows(0, copy(&whole)).unwrap();
-        resumed.set.set_optimizer(Kind::Adagrad, false, &ctx).unwrap();
-        let state = whole.set.read_state(0, 0, |state, _| state.to_vec()).unwrap();
+        resumed.set.set_optimizer(Kind::Adagrad, false, RowFormat::Fp32, &ctx).unwrap();
+        let state: Vec<f32> =
+            whole.set.read_state(0, 0, |_, state, _| bytemuck::cast_slice(state).to_vec()).unwrap();
         resumed.set.write_state(0, 0, |own| own.copy_from_slice(&state)).unwrap();
         assert!(whole.bytes() == resumed.bytes(), "{format} {scales}: the copy");
         for step in 21..=40 {
@@ -207,8 +208,9 @@ fn hot_rows_are_trained_as_rows_of_fp32_are() {
     let as_fp32 = encoding(RowFormat::Fp32, ScaleFormat::Fp32);
     let rows = TableRows::encode(&decoded, &spec(WAYS, DIM, RowFormat::Fp32), as_fp32, &ctx).unwrap().rows;
     fp32.set.swap_rows(0, rows).unwrap();
-    fp32.set.set_optimizer(Kind::Adagrad, false, &ctx).unwrap();
-    let state = table.set.read_state(0, 0, |state, _| state.to_vec()).unwrap();
+    fp32.set.set_optimizer(Kind::Adagrad, false, RowFormat::Fp32, &ctx).unwrap();
+    let state: Vec<f32> =
+        table.set.read_state(0, 0, |_, state, _| bytemuck::cast_slice(state).to_vec()).unwrap();
     fp32.set.write_state(0, 0, |own| own.copy_from_slice(&state)).unwrap();
     for _ in 0..20 {
         table.step(&ids, &ctx);

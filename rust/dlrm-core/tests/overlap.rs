@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use common::formulas::optimizers;
 use common::{Case, any_case, bits, contexts, large_case, noise};
 use dlrm_core::optimizers::Kind;
-use dlrm_core::{Context, Feature, Gradient, Output, Part, Pooling, TableSet};
+use dlrm_core::{Context, Feature, Gradient, Output, Part, Pooling, RowFormat, TableSet};
 use proptest::prelude::*;
 
 /// The same tables and another batch, whose bags are cut out of those of `case` at other places.
@@ -32,7 +32,7 @@ fn train(case: &Case, kind: Kind, parted: bool, ctx: &Context) -> Trained {
     let second = following(case);
     let (set, arrays) = (case.set(ctx), [case.arrays(), second.arrays()]);
     let calls = [case.call(&arrays[0]), second.call(&arrays[1])];
-    set.set_optimizer(kind, false, ctx).unwrap();
+    set.set_optimizer(kind, false, RowFormat::Fp32, ctx).unwrap();
     let optimizer = optimizers(kind, 1, case.tables.len());
     let len = set.output_len(&calls[0]);
     let trainable: Vec<_> = (0..case.tables.len()).map(|t| t != 1).collect();
@@ -173,7 +173,7 @@ fn what_does_not_fit_is_refused() {
     let refused = set.lookup_part(&overlap, Part::Shared, &call, Output::Fp32(&mut [0.0; 3]), None, ctx);
     assert!(message(refused.unwrap_err()).ends_with("elements, got 3"));
 
-    set.set_optimizer(Kind::Sgd, false, ctx).unwrap();
+    set.set_optimizer(Kind::Sgd, false, RowFormat::Fp32, ctx).unwrap();
     let optimizer = optimizers(Kind::Sgd, 1, case.tables.len());
     let output = vec![0.0; set.output_len(&call)];
     let gradient = Gradient {

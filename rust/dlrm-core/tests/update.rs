@@ -180,7 +180,7 @@ fn a_large_gradient_is_right_and_has_the_same_bits_everywhere() {
 /// Weights and state after `steps` updates with changing gradients.
 fn trained(case: &Case, kind: Kind, steps: u64, ctx: &Context) -> Vec<Vec<f32>> {
     let (set, arrays) = (case.set(ctx), case.arrays());
-    set.set_optimizer(kind, false, ctx).unwrap();
+    set.set_optimizer(kind, false, RowFormat::Fp32, ctx).unwrap();
     let mut from = from_model(case, &set, &arrays);
     for step in 1..=steps {
         for (i, g) in from.output.iter_mut().enumerate() {
@@ -252,7 +252,7 @@ fn fifty_fused_steps_follow_the_formulas() {
 
 /// The bytes of weights and state after 50 steps on rows of every format that can be trained. Two thirds of the ids of the
 /// first table are one row, which is hot.
-fn bytes_after_fifty_steps(kind: Kind, split: bool, ctx: &Context) -> Vec<Vec<u8>> {
+fn bytes_after_fifty_steps(kind: Kind, split: bool, state: RowFormat, ctx: &Context) -> Vec<Vec<u8>> {
     const DIM: usize = 33;
     const BATCH: usize = 2500;
     let formats = [RowFormat::Fp32, RowFormat::Fp32, RowFormat::Fp16, RowFormat::Bf16];
@@ -264,7 +264,7 @@ fn bytes_after_fifty_steps(kind: Kind, split: bool, ctx: &Context) -> Vec<Vec<u8
         let source: Vec<_> = (0..rows * DIM).map(|i| noise(t as u64, i)).collect();
         set.write_rows(t, 0, &source, ctx).unwrap();
     }
-    set.set_optimizer(kind, split, ctx).unwrap();
+    set.set_optimizer(kind, split, state, ctx).unwrap();
     for step in 1..=50 {
         let id = |i: usize| (i * i + step as usize * (i % 3)) as i64 % rows[i / BATCH] as i64;
         let ids: Vec<_> = (0..4 * BATCH).map(id).collect();
@@ -279,10 +279,7 @@ fn bytes_after_fifty_steps(kind: Kind, split: bool, ctx: &Context) -> Vec<Vec<u8
         let bags = Bags::new(Ids::I64(&ids), Offsets::Even, 4, BATCH, None).unwrap();
         set.update(&bags, &gradient, &optimizers(kind, step, 4), ctx).unwrap();
     }
-    let state = |t, part| {
-        let bytes = |state: &[f32]| state.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-        set.read_state(t, part, |state, _| bytes(state)).unwrap()
-    };
+    let state = |t, part| set.read_state(t, part, |_, state, _| state.to_vec()).unwrap();
     let low = |t| set.read_low(t, |low, _| low.iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap();
     let elements = |t| set.read_rows(t, |rows| rows.elements().0.to_vec()).unwrap();
     (0..4).flat_map(|t| [elements(t), state(t, 0), state(t, 1), low(t)]).collect()
@@ -296,10 +293,15 @@ fn fifty_fused_steps_have_the_same_bytes_everywhere_and_again() {
     let contexts: Vec<_> = levels.chain(threads).chain([best]).collect();
     for (i, &kind) in Kind::ALL.iter().enumerate() {
         let split = i % 2 == 1;
-        let first = bytes_after_fifty_steps(kind, split, &best);
-        for ctx in &contexts {
-            let same = first == bytes_after_fifty_steps(kind, split, ctx);
-            assert!(same, "{kind} at {:?} on {} threads", ctx.level, ctx.threads);
+        for state in [RowFormat::Fp32, RowFormat::Bf16] {
+            if (kind, state) == (Kind::Ftrl, RowFormat::Bf16) {
+                continue; // refused
+            }
+            let first = bytes_after_fifty_steps(kind, split, state, &best);
+            for ctx in &contexts {
+                let same = first == bytes_after_fifty_steps(kind, split, state, ctx);
+                assert!(same, "{kind} with {state} state at {:?} on {} threads", ctx.level, ctx.threads);
+            }
         }
     }
 }
@@ -310,7 +312,7 @@ fn a_factor_multiplies_the_gradient_of_every_row() {
     let ctx = Context::default();
     let trained = |scale: f32| {
         let (set, arrays) = (case.set(&ctx), case.arrays());
-        set.set_optimizer(Kind::Adagrad, false, &ctx).unwrap();
+        set.set_optimizer(Kind::Adagrad, false, RowFormat::Fp32, &ctx).unwrap();
         let mut from = from_model(&case, &set, &arrays);
         from.output.iter_mut().for_each(|g| *g *= scale);
         let gradient = Gradient { factor: 1.0 / scale, ..from.gradient(false) };
@@ -326,7 +328,7 @@ fn the_norm_is_that_of_all_trainable_tables_and_has_the_same_bits_everywhere() {
     for pooling in Pooling::ALL {
         let case = large_case(pooling);
         let (set, arrays) = (case.set(&Context::default()), case.arrays());
-        set.set_optimizer(kind, false, &Context::default()).unwrap();
+        set.set_optimizer(kind, false, RowFormat::Fp32, &Context::default()).unwrap();
         let mut from = from_model(&case, &set, &arrays);
         from.trainable[1] = false;
         from.output.iter_mut().for_each(|g| *g *= 50.0);
@@ -356,7 +358,7 @@ fn gradients_without_a_norm_are_not_clipped_but_refused() {
     let case = large_case(Pooling::Sum);
     let ctx = Context::default();
     let (set, arrays) = (case.set(&ctx), case.arrays());
-    set.set_optimizer(kind, false, &ctx).unwrap();
+    set.set_optimizer(kind, false, RowFormat::Fp32, &ctx).unwrap();
     let mut from = from_model(&case, &set, &arrays);
     let before: Vec<_> = (0..3).flat_map(|t| contents(&set, t)).map(|x| bits(&x)).collect();
     for value in [f32::NAN, f32::INFINITY] {
@@ -402,7 +404,7 @@ fn trained_rows(
 ) -> Vec<Vec<u8>> {
     let (set, arrays) = (case.set(ctx), case.arrays());
     encode_all(case, &set, format, scales, ctx);
-    set.set_optimizer(kind, split, ctx).unwrap();
+    set.set_optimizer(kind, split, RowFormat::Fp32, ctx).unwrap();
     let mut from = from_model(case, &set, &arrays);
     for step in 1..=steps {
         for (i, g) in from.output.iter_mut().enumerate() {
@@ -414,9 +416,7 @@ fn trained_rows(
     let low = |t| set.read_low(t, |low, _| low.iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap();
     let rows =
         |t| set.read_rows(t, |rows| [rows.elements().0.to_vec(), rows.scales().0.to_vec()].concat()).unwrap();
-    let state = |t, part| {
-        set.read_state(t, part, |state, _| state.iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap()
-    };
+    let state = |t, part| set.read_state(t, part, |_, state, _| state.to_vec()).unwrap();
     (0..case.tables.len()).flat_map(|t| [rows(t), low(t), state(t, 0), state(t, 1)]).collect()
 }
 
@@ -477,7 +477,7 @@ proptest! {
                 bytemuck::cast_slice::<u8, f32>(rows.elements().0).to_vec()
             };
             let before: Vec<_> = (0..case.tables.len()).map(decoded).collect();
-            set.set_optimizer(Kind::Sgd, false, &ctx).unwrap();
+            set.set_optimizer(Kind::Sgd, false, RowFormat::Fp32, &ctx).unwrap();
             let from = from_model(&case, &set, &arrays);
             let optimizers = optimizers(Kind::Sgd, 1, case.tables.len());
             set.update(&case.call(&arrays), &from.gradient(false), &optimizers, &ctx).unwrap();
@@ -518,10 +518,69 @@ fn rows_with_a_codebook_are_not_trained() {
     let encoding =
         Encoding { format: RowFormat::Int4, method: Method::Codebook, scales: None, zero_not_finite: false };
     set.swap_rows(0, set.encode(0, encoding, &ctx).unwrap().rows).unwrap();
-    let refused = set.set_optimizer(Kind::Sgd, false, &ctx).unwrap_err().to_string();
+    let refused = set.set_optimizer(Kind::Sgd, false, RowFormat::Fp32, &ctx).unwrap_err().to_string();
     let expected = "optimizer: expected tables whose codes, if any, are evenly spaced, got int4 rows with a codebook \
                     in table 't0'";
     assert_eq!(refused, expected);
+}
+
+#[test]
+fn a_million_numbers_of_state_are_rounded_without_a_bias() {
+    // After 8 updates by a gradient of 1, sums of squares are 8; then each grows by a fraction of what separates neighbours.
+    const DIM: usize = 1000;
+    const ROWS: usize = 1000;
+    for fraction in [0.1_f64, 0.25, 0.5, 0.9] {
+        let ctx = Context::default();
+        let spec = TableSpec { name: "t".into(), rows: ROWS, dim: DIM, format: RowFormat::Fp32 };
+        let feature = Feature { table: 0, pooling: Pooling::Sum, padding: None };
+        let set = TableSet::new(vec![spec], vec![feature], &ctx).unwrap();
+        set.set_optimizer(Kind::Adagrad, false, RowFormat::Bf16, &ctx).unwrap();
+        let ids: Vec<_> = (0..ROWS as i64).collect();
+        let bags = Bags::new(Ids::I64(&ids), Offsets::Even, 1, ROWS, None).unwrap();
+        let value = |&name: &&str| match name {
+            "lr" | "eps" => 0.1,
+            "clip_norm" | "clip_value" | "max_norm" => f64::INFINITY,
+            _ => 0.0,
+        };
+        let values: Vec<_> = Kind::Adagrad.hyperparameters().iter().map(value).collect();
+        for number in 1..=9 {
+            let square = if number < 9 { 1.0 } else { fraction / 16.0 };
+            let output = vec![square.sqrt() as f32; ROWS * DIM];
+            let gradient = Gradient {
+                output: &output,
+                argmax: None,
+                trainable: &[true],
+                scale_by_frequency: &[false],
+                factor: 1.0,
+            };
+            let optimizer = Optimizer::new(Kind::Adagrad, &values, Step { number, seed: 3 }).unwrap();
+            set.update(&bags, &gradient, &[optimizer], &ctx).unwrap();
+        }
+        let up = |state: &[u8]| {
+            let bits = bytemuck::cast_slice::<u8, u16>(state).iter();
+            let sums: Vec<_> = bits.map(|&x| f32::from_bits(u32::from(x) << 16)).collect();
+            assert!(sums.iter().all(|sum| [8.0, 8.0625].contains(sum)));
+            sums.iter().filter(|&&sum| sum > 8.0).count()
+        };
+        let count = set.read_state(0, 0, |_, state, _| up(state)).unwrap();
+        let draws = (ROWS * DIM) as f64;
+        let error = 4.0 * (fraction * (1.0 - fraction) / draws).sqrt();
+        let got = count as f64 / draws;
+        assert!((got - fraction).abs() <= error, "{got}, expected {fraction}");
+    }
+}
+
+#[test]
+fn state_that_bf16_would_make_wrong_is_refused() {
+    let case = large_case(Pooling::Sum);
+    let ctx = Context::default();
+    let set = case.set(&ctx);
+    let refused = |kind, format| set.set_optimizer(kind, false, format, &ctx).unwrap_err().to_string();
+    let expected =
+        "state_dtype: expected fp32 for ftrl, which computes its weights anew from the state, got bf16";
+    assert_eq!(refused(Kind::Ftrl, RowFormat::Bf16), expected);
+    assert_eq!(refused(Kind::Adam, RowFormat::Fp16), "state_dtype: expected fp32 or bf16, got fp16");
+    assert_eq!(set.optimizer(), None);
 }
 
 #[test]
@@ -530,7 +589,7 @@ fn lower_halves_go_and_come_with_their_rows() {
     let ctx = Context::default();
     let (set, arrays) = (case.set(&ctx), case.arrays());
     encode_all(&case, &set, RowFormat::Bf16, None, &ctx);
-    set.set_optimizer(Kind::Sgd, true, &ctx).unwrap();
+    set.set_optimizer(Kind::Sgd, true, RowFormat::Fp32, &ctx).unwrap();
     let from = from_model(&case, &set, &arrays);
     set.update(&case.call(&arrays), &from.gradient(false), &optimizers(Kind::Sgd, 1, 3), &ctx).unwrap();
     let low = || set.read_low(0, |low, _| low.to_vec()).unwrap();
@@ -550,7 +609,7 @@ fn a_refused_update_changes_nothing() {
     let case = large_case(Pooling::Sum);
     let ctx = Context { threads: 3, ..Context::default() };
     let set = case.set(&ctx);
-    set.set_optimizer(Kind::Adagrad, false, &ctx).unwrap();
+    set.set_optimizer(Kind::Adagrad, false, RowFormat::Fp32, &ctx).unwrap();
     let mut arrays = case.arrays();
     let from = from_model(&case, &set, &arrays);
     let optimizer = optimizers(Kind::Adagrad, 1, 3);
@@ -585,7 +644,7 @@ fn a_table_that_is_not_trainable_stays() {
     let case = large_case(Pooling::Sum);
     let ctx = Context::default();
     let (set, arrays) = (case.set(&ctx), case.arrays());
-    set.set_optimizer(Kind::Sgd, false, &ctx).unwrap();
+    set.set_optimizer(Kind::Sgd, false, RowFormat::Fp32, &ctx).unwrap();
     let mut from = from_model(&case, &set, &arrays);
     from.trainable = vec![true, false, true];
     let before: Vec<_> = (0..3).map(|t| set.write(t, |w| w.to_vec()).unwrap()).collect();

@@ -176,9 +176,16 @@ impl TableSet {
         call(py, |ctx| self.0.clear_optimizer(ctx))
     }
 
-    fn set_optimizer(&self, py: Python<'_>, name: &str, split_bf16: bool) -> PyResult<()> {
+    fn set_optimizer(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        split_bf16: bool,
+        state_format: &str,
+    ) -> PyResult<()> {
         let kind = name.parse().map_err(BindingError)?;
-        call(py, |ctx| self.0.set_optimizer(kind, split_bf16, ctx))
+        let state = state_format.parse().map_err(BindingError)?;
+        call(py, |ctx| self.0.set_optimizer(kind, split_bf16, state, ctx))
     }
 
     fn optimizer_state<'py>(&self, py: Python<'py>, table: usize) -> PyResult<Bound<'py, PyDict>> {
@@ -186,11 +193,12 @@ impl TableSet {
         let state = PyDict::new(py);
         let parts = self.0.optimizer().map_or(&[][..], Kind::state);
         for (i, part) in parts.iter().enumerate() {
-            let kept = call(py, |_| self.0.read_state(table, i, |state, keeper| Kept::new((state, keeper))))?;
+            let read = |format, bytes: &[u8], keeper| (format, Kept::new((bytes, keeper)));
+            let (format, kept) = call(py, |_| self.0.read_state(table, i, read))?;
             let view = if part.row_wise {
-                kept.view::<f32, _>(py, [spec.rows])?
+                views::numbers(py, format, kept, [spec.rows])?
             } else {
-                kept.view::<f32, _>(py, [spec.rows, spec.dim])?
+                views::numbers(py, format, kept, [spec.rows, spec.dim])?
             };
             state.set_item(part.name, view)?;
         }

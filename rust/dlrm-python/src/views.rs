@@ -51,12 +51,12 @@ impl Kept {
     }
 }
 
-/// Rows that are numbers, `(N, D)`: float32, float16, or int16 with the bits of bfloat16.
-pub(crate) fn numbers(
+/// Rows that are numbers, `(N, D)` or as `shape` says: float32, float16, or int16 with the bits of bfloat16.
+pub(crate) fn numbers<S: IntoDimension + Copy>(
     py: Python<'_>,
     format: RowFormat,
     kept: Kept,
-    shape: [usize; 2],
+    shape: S,
 ) -> PyResult<Bound<'_, PyAny>> {
     match format {
         RowFormat::Fp32 => kept.view::<f32, _>(py, shape),

@@ -44,10 +44,7 @@ impl Target<'_> {
             return [Stream::NONE; 2 + PARTS]; // they are written one after another
         }
         let [first, second] = self.weights.streams(self.dim);
-        let state = |part: usize| {
-            let row_bytes = self.state_len[part] * size_of::<f32>();
-            Stream { start: self.state[part].address(0).cast(), row_bytes }
-        };
+        let state = |part: usize| self.state[part].streams(self.state_len[part])[0];
         [first, second, state(0), state(1)]
     }
 }

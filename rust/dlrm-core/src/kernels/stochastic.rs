@@ -29,6 +29,11 @@ impl Random {
         Self(mixed(mixed(mixed(seed) ^ step) ^ table as u64))
     }
 
+    /// Other bits, for a part of the state of the same rows.
+    pub(crate) fn of_state(self, part: usize) -> Self {
+        Self(mixed(self.0.wrapping_add(1 + part as u64)))
+    }
+
     #[inline(always)]
     pub(super) fn of_row(self, row: usize) -> [u32; 2] {
         let key = mixed(self.0 ^ row as u64);

@@ -13,7 +13,6 @@
 use super::reduce::Reduce;
 use super::{Kernel, LANES, Simd};
 use crate::Level;
-use crate::disjoint::Disjoint;
 use crate::hot::HotRows;
 use crate::occurrences::Run;
 use crate::sources::Sources;
@@ -45,7 +44,8 @@ pub(crate) trait Rule: Sync {
 /// Where a rule's rows are.
 pub(crate) struct Target<'a> {
     pub(crate) weights: Weights<'a>,
-    pub(crate) state: [Disjoint<'a, f32>; PARTS],
+    /// Kept as rows of `state_len` elements are.
+    pub(crate) state: [Weights<'a>; PARTS],
     pub(crate) dim: usize,
     pub(crate) state_len: [usize; PARTS],
     /// The rows that `weights` holds, ascending; `None` when it holds all.
@@ -69,7 +69,8 @@ impl Touched<'_> {
         let Self { run, target, .. } = self;
         let mut gradients = Vec::new();
         let gradients = aligned(&mut gradients, ROWS * target.dim);
-        let mut decoded = vec![0.0; if target.weights.are_fp32() { 0 } else { ROWS * target.dim }];
+        let mut decoded = target.weights.scratch(ROWS * target.dim);
+        let mut state = [0, 1].map(|part| target.state[part].scratch(ROWS * target.state_len[part]));
         let mut rows = [0; ROWS];
         let mut packed = target.rows.filter(|_| run.len() > 0).map_or(0, |rows| {
             let first = run.row(0) as i64;
@@ -93,7 +94,14 @@ impl Touched<'_> {
             }
             let rows = &rows[..count];
             target.weights.decode(rows, &mut decoded, level);
-            level.run(Apply { rule, target, rows, gradients: &mut *gradients, decoded: &mut decoded });
+            for (part, decoded) in target.state.iter().zip(&mut state) {
+                part.decode(rows, decoded, level);
+            }
+            let (decoded_state, gradients) = (&mut state, &mut *gradients);
+            level.run(Apply { rule, target, rows, gradients, decoded: &mut decoded, decoded_state });
+            for (part, decoded) in target.state.iter().zip(&mut state) {
+                part.encode(rows, decoded, level);
+            }
             target.weights.encode(rows, &mut decoded, level);
             begin = end;
         }
@@ -189,28 +197,37 @@ struct Apply<'a, R> {
     gradients: &'a mut [f32],
     /// The rows, where they are not fp32 in memory.
     decoded: &'a mut [f32],
+    /// Likewise the parts of their state.
+    decoded_state: &'a mut [Vec<f32>; PARTS],
 }
 
 impl<R: Rule> Kernel for Apply<'_, R> {
     type Output = ();
 
     #[inline(always)]
-    #[expect(unsafe_code, reason = "rows are disjoint")]
     fn run<S: Simd>(self, simd: S) {
-        let Target { weights, state, dim, state_len, .. } = self.target;
+        let Target { weights, state: [first, second], dim, state_len, .. } = self.target;
+        let [decoded_first, decoded_second] = self.decoded_state;
         let gradients = self.gradients.chunks_exact_mut(*dim);
         for (i, (&row, gradient)) in self.rows.iter().zip(gradients).enumerate() {
-            // SAFETY: different rows do not overlap; a row is in one run, and there once, since its occurrences are
-            // together and `rows_in` never parts them.
-            let state = unsafe {
-                [0, 1].map(|part| state[part].piece(row * state_len[part]..(row + 1) * state_len[part]))
-            };
-            let weights = match weights {
-                // SAFETY: as above.
-                Weights::Fp32(all) => unsafe { all.piece(row * dim..(row + 1) * dim) },
-                Weights::Half(_) | Weights::Codes(_) => &mut self.decoded[i * dim..(i + 1) * dim],
-            };
+            let state = [
+                place(first, state_len[0], row, decoded_first, i),
+                place(second, state_len[1], row, decoded_second, i),
+            ];
+            let weights = place(weights, *dim, row, self.decoded, i);
             self.rule.apply(simd, Row { weights, state, gradient });
         }
+    }
+}
+
+/// Where the `len` elements of a row are changed: in place, or where it was decoded as the `i`th of some.
+#[inline(always)]
+#[expect(unsafe_code, reason = "rows are disjoint")]
+fn place<'a>(of: &'a Weights, len: usize, row: usize, decoded: &'a mut [f32], i: usize) -> &'a mut [f32] {
+    match of {
+        // SAFETY: different rows do not overlap; a row is in one run, and there once, since its occurrences are together
+        // and `rows_in` never parts them.
+        Weights::Fp32(all) => unsafe { all.piece(row * len..(row + 1) * len) },
+        Weights::Half(_) | Weights::Codes(_) => &mut decoded[i * len..(i + 1) * len],
     }
 }
