@@ -292,6 +292,18 @@ def test_a_shared_module_is_quantized_once() -> None:
     assert len(dlrm_rs.quantize(nn.ModuleList([bags, bags])).tables) == 1
 
 
+def test_weights_are_looked_at_again_where_not_all_rows_are_codes() -> None:
+    bags = [dlrm_rs.EmbeddingBagConfig(name, 2, 4, [name]) for name in ("a", "b")]
+    module = dlrm_rs.EmbeddingBagCollection(bags)
+    features = dlrm_rs.KeyedJaggedTensor(["a", "b"], torch.tensor([0, 1]), lengths=torch.ones(2, dtype=torch.int64))
+    dlrm_rs.quantize(module, "int8")
+    module(features)
+    dlrm_rs.dequantize(module)
+    for bag in module.embedding_bags.values():
+        bag.weight.data = torch.full((2, 4), 3.0)
+    assert torch.equal(module(features).values(), torch.full((1, 8), 3.0))
+
+
 def test_dequantized_rows_can_be_trained() -> None:
     bags = dlrm_rs.EmbeddingBag(10, 4, mode="sum", dtype="int8")
     out = bags(torch.tensor([[1, 2]]))

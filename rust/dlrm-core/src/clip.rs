@@ -13,6 +13,7 @@ use crate::disjoint::Disjoint;
 use crate::float_environment::FloatEnvironment;
 use crate::gradient::{Backward, Gradient};
 use crate::hot::Hot;
+use crate::kernels::LANES;
 use crate::kernels::touched::{Target, Touched};
 use crate::optimizers::Optimizer;
 use crate::prepared::Prepared;
@@ -73,7 +74,7 @@ impl Backward<'_> {
         for (t, target) in targets.iter().enumerate().filter_map(|(t, target)| Some((t, target.as_ref()?))) {
             let len = occurrences.of(t).len();
             blocks.extend((0..len).step_by(BLOCK).map(|begin| (t, target, begin..len.min(begin + BLOCK))));
-            lines += len * target.dim.div_ceil(16);
+            lines += len * target.dim.div_ceil(LANES);
         }
         let level = ctx.level;
         let mut sums = vec![0.0; blocks.len()];

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use crate::disjoint::Disjoint;
+use crate::kernels::LANES;
 use crate::kernels::reduce::{BLOCK, SumBlock};
 use crate::kernels::touched::{Target, Touched};
 use crate::memory::zeros;
@@ -84,7 +85,7 @@ impl Hot {
         let blocks: Vec<_> = blocks.collect();
         let into = Disjoint::new(&mut sums);
         let level = ctx.level;
-        let lines: usize = rows.iter().map(|row| row.sums.len() * BLOCK / 16).sum();
+        let lines: usize = rows.iter().map(|row| row.sums.len() * BLOCK / LANES).sum();
         threads::for_each(&ctx.uninterrupted(), blocks.len(), lines, |i| {
             let (hot, nth, start) = blocks[i];
             let target = targets[hot.table].as_ref().expect("others have no hot rows");

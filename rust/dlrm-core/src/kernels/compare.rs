@@ -60,6 +60,7 @@ impl<V: Copy> Worst<V> {
         // Nothing waits for a sum before all rows are packed.
         let (mut squares, mut worst) = ([zero; 2 * LANES], [zero; LANES]);
         for (i, (row, into)) in rows.chunks_exact(dim).zip(into.chunks_exact_mut(units)).enumerate() {
+            // Of the next group: the hardware's own prefetch ends where a page does.
             simd.prefetch_bytes(row.as_ptr().wrapping_add(LANES * dim).cast(), size_of_val(row));
             if let Some(stored) = stored[i] {
                 let compared = pack(simd, packing, stored, row, into, 1.0);
