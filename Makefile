@@ -49,7 +49,7 @@ test-rust: | cargo
 	cargo test --package dlrm-core --package dlrm-benches
 
 test-python: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 	$(BIN)/python -m pytest --doctest-modules --ignore-glob='*/sides/fbgemm_*.py' --pyargs dlrm_rs
 
 test-torch: $(WHEELS)/.built ## Run pytest on the one wheel under torch 2.6.0, 2.11.0 and the newest

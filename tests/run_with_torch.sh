@@ -11,4 +11,4 @@ torch=torch
 "$environment/bin/pip" install --quiet --upgrade --group test "$torch" "$wheel[demo]"
 "$environment/bin/pip" install --quiet --force-reinstall --no-deps "$wheel"
 "$environment/bin/python" -c 'import torch; print("torch", torch.__version__)'
-"$environment/bin/python" -m pytest
+"$environment/bin/python" -m pytest --numprocesses=2 --dist=loadfile
