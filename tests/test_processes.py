@@ -1,5 +1,6 @@
 """Forked workers, other Python threads, and Ctrl-C: in processes of their own, which cannot hang the tests."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ def start(script: str) -> "subprocess.Popen[str]":
     # Newer versions of Python warn about every fork of a process that has threads.
     command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c"]
     source = SETUP + textwrap.dedent(script)
-    return subprocess.Popen([*command, source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*command, source], stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def run(script: str, seconds: float) -> str:
@@ -31,10 +33,57 @@ def run(script: str, seconds: float) -> str:
     try:
         out, error = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with its children, which hold the pipes too
         pytest.fail(f"still running after {seconds} s: {process.communicate()}")
     assert process.returncode == 0, error
     return out
+
+
+def test_large_calls_run_on_torchs_threads_while_these_are_enough() -> None:
+    out = run(
+        """
+        import os, pathlib
+
+        def own_threads():
+            names = [task.joinpath("comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir()]
+            return sum(name.startswith("dlrm-rs") for name in names)
+
+        bags = dlrm_rs.EmbeddingBag(5000, 64, mode="sum")
+        ids = torch.randint(0, 5000, (2000, 8))
+        dlrm_rs.set_num_threads(2)
+        torch.set_num_threads(2)
+        expected = bags(ids)
+        assert dlrm_rs.info()["threads_of"] == "torch"
+        assert own_threads() == 0
+        child = os.fork()
+        if child == 0:  # torch's threads are not here, so its operators need to be told, as its DataLoader does
+            torch.set_num_threads(1)
+            same = torch.equal(bags(ids), expected)
+            os._exit(0 if same and own_threads() == 1 and dlrm_rs.info()["threads_of"] == "dlrm_rs" else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        torch.set_num_threads(1)
+        assert torch.equal(bags(ids), expected)
+        assert own_threads() == 1
+        print("done")
+        """,
+        seconds=30,
+    )
+    assert out == "done\n"
+
+
+def test_there_are_as_many_threads_as_torch_has_unless_it_is_said_otherwise() -> None:
+    script = """
+        import torch, dlrm_rs
+        for n in (3, 1):
+            torch.set_num_threads(n)
+            print(dlrm_rs.get_num_threads())
+        dlrm_rs.set_num_threads(2)
+        print(dlrm_rs.get_num_threads())
+    """
+    for environment, expected in (({}, "3 1 2"), ({"DLRM_RS_NUM_THREADS": "5"}, "5 5 2")):
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        out = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        assert out.split() == expected.split()
 
 
 def test_forked_workers_look_up_while_the_parent_trains() -> None:

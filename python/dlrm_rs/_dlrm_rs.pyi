@@ -364,10 +364,14 @@ class TableSet:
         """
 
 def info() -> dict[str, Any]:
-    """What the engine runs on: `"version"`, `"simd"`, `"simd_available"`, `"num_threads"`."""
+    """What the engine runs on.
+
+    `"version"`, `"simd"`, `"simd_available"`, `"num_threads"` and `"threads_of"`: `"torch"` where a large call runs on the
+    threads of torch's operators, as it does while these are no fewer than `"num_threads"`; else `"dlrm_rs"`.
+    """
 
 def get_num_threads() -> int:
-    """Threads that a large call uses."""
+    """Threads that a large call uses: by default as many as `torch.get_num_threads()`."""
 
 def set_num_threads(n: int) -> None:
     """Use `n` threads for large calls from now on; `ValueError` unless `1 <= n <= 1024`."""

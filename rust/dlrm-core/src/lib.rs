@@ -58,6 +58,7 @@ mod spare;
 mod table;
 mod table_rows;
 mod table_set;
+pub mod team;
 pub mod threads;
 mod touch;
 mod update;

@@ -1,17 +1,19 @@
-//! The pool: who runs the parts of a large call.
+//! Who runs the parts of a large call: the team that this process has joined (see `team`), where that is large enough, else
+//! a pool.
 //!
 //! The pool belongs to this process (see `fork`) and to nobody else: it is not rayon's global one. The calling thread
 //! works too; the others take parts from the same counter, so uneven parts even out. Which thread runs which part
 //! never shows in a result.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::available_parallelism;
 
 use rayon_core::{ThreadPool, ThreadPoolBuilder};
 
 use crate::float_environment::FloatEnvironment;
 use crate::fork::{ForkLocal, Stamped};
+use crate::team::{self, OpenMp};
 use crate::{Context, Error, Result};
 
 /// Environment variable that sets the number of threads.
@@ -24,19 +26,27 @@ const SMALL: usize = 16384;
 
 static POOL: ForkLocal<ThreadPool> = ForkLocal::new();
 
-/// The chosen number of threads; 0 until it is chosen.
+/// The chosen number of threads; 0 where none is.
 static CHOSEN: AtomicUsize = AtomicUsize::new(0);
 
-/// Threads that a large call uses: as [`set`], else as the environment says, else the CPUs this process may use.
+/// Threads that a large call uses: as [`set`], else as the environment says, else as many as the team has that this
+/// process has [joined](crate::team::join), else the CPUs this process may use.
 pub fn get() -> Result<usize> {
-    match CHOSEN.load(Ordering::Relaxed) {
-        0 => {
-            let n = from_environment()?;
-            CHOSEN.store(n, Ordering::Relaxed);
-            Ok(n)
-        }
-        n => Ok(n),
+    static IN_ENVIRONMENT: OnceLock<Option<usize>> = OnceLock::new();
+    static CPUS: OnceLock<usize> = OnceLock::new();
+
+    if let n @ 1.. = CHOSEN.load(Ordering::Relaxed) {
+        return Ok(n);
     }
+    let in_environment = if let Some(&n) = IN_ENVIRONMENT.get() {
+        n
+    } else {
+        let n = from_environment()?;
+        *IN_ENVIRONMENT.get_or_init(|| n)
+    };
+    let cpus = || *CPUS.get_or_init(|| available_parallelism().map_or(1, usize::from));
+    let n = in_environment.or_else(|| team::joined().map(OpenMp::size)).unwrap_or_else(cpus);
+    Ok(n.min(MAX))
 }
 
 /// Uses `n` threads for large calls from now on.
@@ -45,14 +55,12 @@ pub fn set(n: i64) -> Result<()> {
     Ok(())
 }
 
-fn from_environment() -> Result<usize> {
-    match std::env::var_os(ENVIRONMENT) {
-        None => Ok(available_parallelism().map_or(1, usize::from).min(MAX)),
-        Some(text) => {
-            let n = text.to_str().and_then(|t| t.trim().parse().ok());
-            check(n.unwrap_or(0), ENVIRONMENT, text.display())
-        }
-    }
+fn from_environment() -> Result<Option<usize>> {
+    let Some(text) = std::env::var_os(ENVIRONMENT) else {
+        return Ok(None);
+    };
+    let n = text.to_str().and_then(|t| t.trim().parse().ok());
+    check(n.unwrap_or(0), ENVIRONMENT, text.display()).map(Some)
 }
 
 fn check(n: i64, argument: &str, got: impl std::fmt::Display) -> Result<usize> {
@@ -89,6 +97,8 @@ pub(crate) fn for_each(ctx: &Context, parts: usize, lines: usize, part: impl Fn(
     };
     if threads <= 1 {
         work_and_poll();
+    } else if let Some(team) = team::joined().filter(|team| team.size() >= threads) {
+        team.run(threads - 1, &work, &work_and_poll);
     } else {
         pool(ctx.threads - 1)?.value.in_place_scope(|scope| {
             for _ in 1..threads {

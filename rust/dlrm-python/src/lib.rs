@@ -5,6 +5,7 @@
 mod arrays;
 mod call;
 mod error;
+mod openmp;
 mod prepared;
 mod runtime;
 mod table_rows;
@@ -26,6 +27,7 @@ mod _dlrm_rs {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::openmp::join_torch();
         // A bad environment variable is told now, not at the first lookup.
         dlrm_core::Context::new().map_err(crate::error::BindingError)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))

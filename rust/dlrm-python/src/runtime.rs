@@ -1,6 +1,6 @@
 //! What the engine runs on.
 
-use dlrm_core::{Level, threads};
+use dlrm_core::{Level, team, threads};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -13,6 +13,7 @@ pub(crate) fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("simd", Level::current().map_err(BindingError)?.name())?;
     info.set_item("simd_available", Level::available().map(Level::name).collect::<Vec<_>>())?;
     info.set_item("num_threads", get_num_threads()?)?;
+    info.set_item("threads_of", if team::joined().is_some() { "torch" } else { "dlrm_rs" })?;
     Ok(info)
 }
 
