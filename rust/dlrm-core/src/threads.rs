@@ -21,8 +21,8 @@ pub const ENVIRONMENT: &str = "DLRM_RS_NUM_THREADS";
 
 const MAX: usize = 1024;
 
-/// Work below this many cache lines (64 bytes) runs on the calling thread: waking another takes longer.
-const SMALL: usize = 16384;
+/// Work below this many cache lines (64 bytes) runs on the calling thread: what others save is lost in waiting for them.
+const SMALL: usize = 4096;
 
 static POOL: ForkLocal<ThreadPool> = ForkLocal::new();
 
