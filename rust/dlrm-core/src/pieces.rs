@@ -48,7 +48,10 @@ fn count(size: Size) -> usize {
 
 /// Where the `nth` of `pieces` begins.
 fn cut(units: usize, pieces: usize, nth: usize) -> usize {
-    (units as u128 * nth as u128 / pieces as u128) as usize
+    match units.checked_mul(nth) {
+        Some(product) => product / pieces,
+        None => (units as u128 * nth as u128 / pieces as u128) as usize, // a slow division
+    }
 }
 
 #[cfg(test)]

@@ -17,10 +17,14 @@ use crate::error::BindingError;
 /// Between two looks at the signals; a look takes the GIL.
 const PERIOD: Duration = Duration::from_millis(50);
 
+/// Times that the engine asks for each look at the clock, which takes longer than a table's rows of a small call do.
+const ASKED: u32 = 8;
+
 /// Runs `f` without the GIL on this process's level and threads. A Python signal handler that raises ends it.
 pub(crate) fn call<R: Send>(py: Python<'_>, f: impl FnOnce(&Context<'_>) -> Result<R> + Send) -> PyResult<R> {
     py.detach(|| {
-        let signals = Signals { looked: Cell::new(Instant::now()), raised: RefCell::new(None) };
+        let signals =
+            Signals { looked: Cell::new(Instant::now()), asked: Cell::new(0), raised: RefCell::new(None) };
         let poll = || signals.raised();
         let context = Context { poll: &poll, ..Context::new().map_err(BindingError)? };
         let result = catch_unwind(AssertUnwindSafe(|| f(&context))).map_err(failed)?;
@@ -41,6 +45,7 @@ fn failed(panic: Box<dyn Any + Send>) -> PyErr {
 
 struct Signals {
     looked: Cell<Instant>,
+    asked: Cell<u32>,
     raised: RefCell<Option<PyErr>>,
 }
 
@@ -48,7 +53,8 @@ impl Signals {
     /// Whether a signal handler raised; Python runs them only when asked, and only on the main thread. A Python that is
     /// shutting down is not asked.
     fn raised(&self) -> bool {
-        if self.looked.get().elapsed() < PERIOD {
+        self.asked.set(self.asked.get().wrapping_add(1));
+        if !self.asked.get().is_multiple_of(ASKED) || self.looked.get().elapsed() < PERIOD {
             return false;
         }
         let raised = Python::try_attach(|py| py.check_signals().err()).flatten();
