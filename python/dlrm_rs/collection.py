@@ -142,7 +142,8 @@ class EmbeddingBagCollection(NamedTables):
         if inverse is not None or features.variable_stride_per_key():
             strides = self._in_order(features).stride_per_key()
             values = expand(values, self._features, self._lengths, strides, inverse)
-        return keyed_tensor(self._embedding_names, self._lengths, values)
+        make = KeyedTensor.of_checked if keyed_tensor is KeyedTensor else keyed_tensor
+        return make(self._embedding_names, self._lengths, values)
 
     def lookup(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
         """Look up and pool ids that are in the order of the features already.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,6 +46,13 @@ class KeyedTensor:
             )
         if values.dim() != 2 or values.shape[1] != sum(self._length_per_key):
             raise ValueError(f"values: expected shape (B, {sum(self._length_per_key)}), got {tuple(values.shape)}")
+
+    @classmethod
+    def of_checked(cls, keys: list[str], length_per_key: list[int], values: Tensor) -> Self:
+        """One of names that differ and columns of their lengths, as a lookup's are: nothing is looked at again."""
+        made = cls.__new__(cls)
+        made._keys, made._length_per_key, made._values = keys.copy(), length_per_key.copy(), values
+        return made
 
     def values(self) -> Tensor:
         """All features, `(B, sum of D)`."""
