@@ -1,7 +1,10 @@
 """The Rust engine behind `dlrm_rs`: private, typed by hand, checked against the built module by `mypy.stubtest`.
 
 Letters: `F` features, `T` tables, `B` batch, `L` ids in a call, `N` rows and `D` dim of a table, `W` the sum of the
-features' `D`. Every array is a C-contiguous NumPy array; nothing is converted or copied silently.
+features' `D`. Every array is a C-contiguous NumPy array; nothing is converted or copied silently. The arrays of a call
+(ids, offsets, weights of ids, `out`, argmax, gradient) may be torch tensors as well, once `take_tensors` was told what
+these are: strided ones on the CPU, with torch.bfloat16 where an array has int16. What autograd knows of them is not
+looked at, and nobody may put other memory behind them during a call.
 
 Ids are feature-major: bag `b` of feature `f` is `indices[offsets[f * B + b] : offsets[f * B + b + 1]]`. `offsets` has
 `F * B` or `F * B + 1` elements; with `offsets=None` every bag has `L / (F * B)` ids.
@@ -20,8 +23,10 @@ from typing import Any, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 __all__ = [
+    "Homes",
     "Overlap",
     "Prepared",
     "Spare",
@@ -32,14 +37,18 @@ __all__ = [
     "info",
     "set_num_threads",
     "set_simd",
+    "take_tensors",
 ]
 
 __version__: str
 
-_Ids: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
+_Ids: TypeAlias = NDArray[np.int32] | NDArray[np.int64] | Tensor
 _F32: TypeAlias = NDArray[np.float32]
 # Numbers of float32 or float16, or with int16 the bits of bfloat16, which NumPy has not.
 _Floats: TypeAlias = _F32 | NDArray[np.float16] | NDArray[np.int16]
+# Of a call.
+_Weights: TypeAlias = _F32 | Tensor
+_Argmax: TypeAlias = NDArray[np.int32] | Tensor
 
 @final
 class Spare:
@@ -237,9 +246,9 @@ class TableSet:
         indices: _Ids,
         offsets: _Ids | None,
         batch_size: int,
-        per_sample_weights: _F32 | None,
-        out: _Floats,
-        argmax: NDArray[np.int32] | None,
+        per_sample_weights: _Weights | None,
+        out: _Floats | Tensor,
+        argmax: _Argmax | None,
     ) -> None:
         """Look up and pool every feature.
 
@@ -275,7 +284,7 @@ class TableSet:
         indices: _Ids,
         offsets: _Ids | None,
         batch_size: int,
-        per_sample_weights: _F32 | None,
+        per_sample_weights: _Weights | None,
         max_norm: float,
         norm_type: float,
     ) -> None:
@@ -297,9 +306,9 @@ class TableSet:
         indices: _Ids,
         offsets: _Ids | None,
         batch_size: int,
-        per_sample_weights: _F32 | None,
-        argmax: NDArray[np.int32] | None,
-        grad: _F32,
+        per_sample_weights: _Weights | None,
+        argmax: _Argmax | None,
+        grad: _Weights,
         trainable: Sequence[bool],
         scale_grad_by_freq: Sequence[bool],
         factor: float,
@@ -329,9 +338,9 @@ class TableSet:
         indices: _Ids,
         offsets: _Ids | None,
         batch_size: int,
-        per_sample_weights: _F32 | None,
-        argmax: NDArray[np.int32] | None,
-        grad: _F32,
+        per_sample_weights: _Weights | None,
+        argmax: _Argmax | None,
+        grad: _Weights,
         trainable: Sequence[bool],
         scale_grad_by_freq: Sequence[bool],
     ) -> list[_F32 | None]:
@@ -342,15 +351,15 @@ class TableSet:
         indices: _Ids,
         offsets: _Ids | None,
         batch_size: int,
-        per_sample_weights: _F32 | None,
-        argmax: NDArray[np.int32] | None,
-        grad: _F32,
+        per_sample_weights: _Weights | None,
+        argmax: _Argmax | None,
+        grad: _Weights,
         trainable: Sequence[bool],
         scale_grad_by_freq: Sequence[bool],
     ) -> list[tuple[NDArray[np.int64], _F32] | None]:
         """The gradient of every table as its touched rows, ascending and unique `(U,)`, and their sums `(U, D)`."""
 
-    def per_sample_weights_gradient(self, indices: _Ids, offsets: _Ids | None, batch_size: int, grad: _F32) -> _F32:
+    def per_sample_weights_gradient(self, indices: _Ids, offsets: _Ids | None, batch_size: int, grad: _Weights) -> _F32:
         """The gradient of `per_sample_weights`, `(L,)`: the dot product of an id's row and its bag's gradient.
 
         Divided by the ids of the bag for mean pooling; zero for the padding id.
@@ -362,6 +371,20 @@ class TableSet:
         `"payload"` (elements of the rows), `"scales"`, `"hot"` (rows kept in fp32), `"state"` (of the optimizer) and
         `"overhead"`.
         """
+
+@final
+class Homes:
+    """Where the weights of tables are to be: address, elements and strides of each."""
+
+    def __new__(cls, addresses: Sequence[int], elements: Sequence[int], strides: Sequence[Sequence[int]]) -> Homes: ...
+    def weights(self, holders: Sequence[Mapping[str, Any]]) -> list[Any] | None:
+        """What each holder, a dictionary, has as `"weight"`, if all are tensors and at their homes.
+
+        Else `None`, and also where `take_tensors` was not told of tensors, or torch cannot describe one.
+        """
+
+def take_tensors(tensor: type) -> bool:
+    """Take torch tensors from now on: `tensor` is `torch.Tensor`. False if that torch is too old to say where they are."""
 
 def info() -> dict[str, Any]:
     """What the engine runs on.
@@ -392,7 +415,7 @@ class Prepared:
         indices: _Ids,
         offsets: _Ids | None,
         batch_size: int,
-        per_sample_weights: _F32 | None,
+        per_sample_weights: _Weights | None,
         trainable: Sequence[bool],
         scale_grad_by_freq: Sequence[bool],
     ) -> Prepared:
@@ -404,7 +427,7 @@ class Prepared:
         indices: _Ids,
         offsets: _Ids | None,
         batch_size: int,
-        per_sample_weights: _F32 | None,
+        per_sample_weights: _Weights | None,
     ) -> Overlap:
         """Part this call's rows and another's bags by the rows of trainable tables that both touch.
 
@@ -417,7 +440,7 @@ class Prepared:
         """
 
     def clipped_factor(
-        self, argmax: NDArray[np.int32] | None, grad: _F32, factor: float, groups: Sequence[Mapping[str, Any]]
+        self, argmax: _Argmax | None, grad: _Weights, factor: float, groups: Sequence[Mapping[str, Any]]
     ) -> float:
         """The factor for `update` by which the norm of all gradients is at most the groups' `"clip_norm"`.
 
@@ -426,8 +449,8 @@ class Prepared:
 
     def update(
         self,
-        argmax: NDArray[np.int32] | None,
-        grad: _F32,
+        argmax: _Argmax | None,
+        grad: _Weights,
         factor: float,
         groups: Sequence[Mapping[str, Any]],
         overlap: Overlap | None = None,
@@ -454,9 +477,9 @@ class Overlap:
         indices: _Ids,
         offsets: _Ids | None,
         batch_size: int,
-        per_sample_weights: _F32 | None,
-        out: _Floats,
-        argmax: NDArray[np.int32] | None,
+        per_sample_weights: _Weights | None,
+        out: _Floats | Tensor,
+        argmax: _Argmax | None,
     ) -> None:
         """As `TableSet.lookup` of the second call, but into the output rows of some bags alone: the others stay.
 

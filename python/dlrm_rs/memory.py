@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dlrm_rs._dlrm_rs import TableSet
+from dlrm_rs._dlrm_rs import Homes, TableSet
 from dlrm_rs.row_formats import QUANTIZED, as_tensor
 
 __all__ = ["NO_WEIGHT", "Layouts", "Memory", "layouts_of", "tensors"]
@@ -38,6 +38,7 @@ class Memory:
     Attributes:
         handle: The engine's tables.
         layouts: Those of the weights while they are over the engine's memory.
+        homes: The same, as the binding compares with them.
         parts: The rows of every table as tensors: `(N, D)`, or codes, scales and, where there are, the codebook or hot
             rows, their numbers and their counts.
         states: The optimizer's state of all tables.
@@ -51,6 +52,7 @@ class Memory:
         self.handle = handle
         self.parts = [self._find_parts(table) for table in range(count)]
         self.layouts = layouts_of([self._home(table) for table in range(count)])
+        self.homes = Homes(*self.layouts)
         self._rows: list[weakref.ref[NDArray[Any]] | None] = [None] * count
         self.find_states()
 
@@ -81,6 +83,7 @@ class Memory:
         self.layouts.addresses[table] = home.data_ptr()
         self.layouts.elements[table] = home.numel()
         self.layouts.strides[table] = home.stride()
+        self.homes = Homes(*self.layouts)
         self._rows[table] = None
         self.find_states()
 
@@ -109,7 +112,7 @@ class Memory:
 
 def layouts_of(weights: Sequence[Tensor]) -> Layouts:
     """Where tensors are and how."""
-    # At every forward, for every table: the fastest questions that torch answers, asked the fastest way.
+    # At every forward, for every table, where `Homes` cannot tell: torch's fastest questions, asked the fastest way.
     return Layouts(
         list(map(Tensor.data_ptr, weights)), list(map(Tensor.numel, weights)), list(map(Tensor.stride, weights))
     )

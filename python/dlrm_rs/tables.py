@@ -208,6 +208,9 @@ class EmbeddingTables:
             self._take_in()
         if self._fixed is not None:
             return self._fixed
+        at_home: list[nn.Parameter] | None = self.memory.homes.weights(self._slots)
+        if at_home is not None:
+            return at_home
         weights, layouts = self._present()
         if layouts != self.memory.layouts:
             with _ADOPTING:

@@ -14,7 +14,7 @@ from dlrm_rs.devices.ring import Ring
 from dlrm_rs.layout import Layout
 from dlrm_rs.memory import Memory
 from dlrm_rs.optim import FusedOptimizer
-from dlrm_rs.row_formats import as_array
+from dlrm_rs.row_formats import as_operand
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = [
@@ -29,6 +29,9 @@ __all__ = [
     "run_update",
     "update",
 ]
+
+# Its name would be looked up at every call.
+_CPU = torch.device("cpu")
 
 # `indices, offsets, batch_size`, as of `operators.lookup`.
 Bags = tuple[Tensor, Tensor | None, int]
@@ -50,10 +53,11 @@ def lookup(
     rows = batch_size if shape.pooled else indices.numel()
     if outputs is None:
         # `device`, lest a default device that the user has set is taken.
-        out = torch.empty(rows, shape.width, dtype=shape.output_dtype, device="cpu")
+        out = torch.empty(rows, shape.width, dtype=shape.output_dtype, device=_CPU)
     else:
         out = outputs.take((rows, shape.width), shape.output_dtype)
-    handle.lookup(indices.numpy(), array(offsets), batch_size, array(per_sample_weights), as_array(out), array(argmax))
+    ids = as_operand(indices), as_operand(offsets), batch_size, as_operand(per_sample_weights)
+    handle.lookup(*ids, as_operand(out), as_operand(argmax))
     return out
 
 

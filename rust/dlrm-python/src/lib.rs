@@ -5,17 +5,21 @@
 mod arrays;
 mod call;
 mod error;
+mod homes;
 mod openmp;
 mod prepared;
 mod runtime;
 mod table_rows;
 mod table_set;
+mod tensors;
 mod views;
 
 #[pyo3::pymodule]
 mod _dlrm_rs {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::homes::Homes;
     #[pymodule_export]
     use crate::prepared::{Overlap, Prepared};
     #[pymodule_export]
@@ -24,6 +28,8 @@ mod _dlrm_rs {
     use crate::table_rows::{Spare, TableRows};
     #[pymodule_export]
     use crate::table_set::TableSet;
+    #[pymodule_export]
+    use crate::tensors::take_tensors;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

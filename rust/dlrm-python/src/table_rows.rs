@@ -8,7 +8,7 @@ use numpy::{PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::arrays::input;
+use crate::arrays::array_input;
 use crate::call::call;
 use crate::error::BindingError;
 use crate::views::{Kept, borrowed};
@@ -76,7 +76,7 @@ impl TableRows {
         zero_not_finite: bool,
     ) -> PyResult<WithErrors<'py>> {
         let encoding = encoding(row_format, method, scale_format, zero_not_finite)?;
-        let source = input::<f32>("source", source)?;
+        let source = array_input::<f32>("source", source)?;
         let [rows, dim] = two_dimensions("source", &source)?;
         let spec = TableSpec { name, rows, dim, format: encoding.format };
         let source = source.as_slice()?;
@@ -94,7 +94,7 @@ impl TableRows {
         layout: &str,
     ) -> PyResult<Self> {
         let (format, layout) = parse_two::<RowFormat, Layout>(row_format, layout)?;
-        let packed = input::<u8>("packed", packed)?;
+        let packed = array_input::<u8>("packed", packed)?;
         let [rows, row_bytes] = two_dimensions("packed", &packed)?;
         let spec = TableSpec { name, rows, dim: embedding_dim, format };
         let packed = packed.as_slice()?;
@@ -112,7 +112,7 @@ impl TableRows {
         codebook: Option<Vec<f32>>,
     ) -> PyResult<Self> {
         let format = row_format.parse().map_err(BindingError)?;
-        let codes = input::<u8>("codes", codes)?;
+        let codes = array_input::<u8>("codes", codes)?;
         let [rows, _] = two_dimensions("codes", &codes)?;
         let spec = TableSpec { name, rows, dim: embedding_dim, format };
         let scales = ScaleArray::new(scales)?;
@@ -130,8 +130,8 @@ impl TableRows {
         ids: Any<'_, '_>,
         counts: Any<'_, '_>,
     ) -> PyResult<()> {
-        let (rows, ids) = (input::<f32>("hot_rows", rows)?, input::<i64>("hot_ids", ids)?);
-        let counts = input::<u8>("hot_counts", counts)?;
+        let (rows, ids) = (array_input::<f32>("hot_rows", rows)?, array_input::<i64>("hot_ids", ids)?);
+        let counts = array_input::<u8>("hot_counts", counts)?;
         let (rows, ids, counts) = (rows.as_slice()?, ids.as_slice()?, counts.as_slice()?);
         let mut own = self.take()?;
         let put = call(py, |ctx| own.put_cache(rows, ids, counts, name, ctx));
@@ -204,15 +204,15 @@ enum ScaleArray<'py> {
 
 impl<'py> ScaleArray<'py> {
     fn new(array: Any<'_, 'py>) -> PyResult<Self> {
-        if let Ok(array) = input("scales", array) {
+        if let Ok(array) = array_input("scales", array) {
             return Ok(Self::Fp32(array));
         }
-        if let Ok(array) = input("scales", array) {
+        if let Ok(array) = array_input("scales", array) {
             return Ok(Self::Fp16(array));
         }
         let wrong =
             |_| PyTypeError::new_err("scales: expected a C-contiguous array of float32, float16 or int16");
-        input("scales", array).map(Self::Bf16).map_err(wrong)
+        array_input("scales", array).map(Self::Bf16).map_err(wrong)
     }
 
     fn format(&self) -> ScaleFormat {

@@ -5,12 +5,12 @@
 
 use dlrm_core::optimizers::{Kind, Optimizer, Step};
 use dlrm_core::{Feature, Gradient, Layout, TableSpec};
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArrayDyn};
+use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping};
 
-use crate::arrays::{BagArrays, OutputArray, input, output};
+use crate::arrays::{BagArrays, Input, OutputArray, input, output};
 use crate::call::call;
 use crate::error::BindingError;
 use crate::table_rows::{Spare, TableRows, WithErrors, encoding};
@@ -422,8 +422,8 @@ fn parsed(features: Vec<PyFeature>) -> PyResult<Vec<Feature>> {
 
 /// What describes the gradient of a lookup's output.
 pub(crate) struct GradientArrays<'py> {
-    argmax: Option<PyReadonlyArrayDyn<'py, i32>>,
-    grad: PyReadonlyArrayDyn<'py, f32>,
+    argmax: Option<Input<'py, i32>>,
+    grad: Input<'py, f32>,
     trainable: Vec<bool>,
     scale_by_frequency: Vec<bool>,
 }
