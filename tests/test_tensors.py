@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dlrm_rs
-from dlrm_rs import memory, row_formats
+from dlrm_rs import memory
 from dlrm_rs._dlrm_rs import Homes, TableSet, take_tensors
 from dlrm_rs.memory import Memory
-from dlrm_rs.row_formats import as_array
+from dlrm_rs.operators import calls
+from dlrm_rs.row_formats import TAKES_TENSORS, as_array
 
-TAKES = take_tensors(Tensor)
-taken = pytest.mark.skipif(not TAKES, reason="this torch does not tell where its tensors are")
+taken = pytest.mark.skipif(not TAKES_TENSORS, reason="this torch does not tell where its tensors are")
 
 # Two features of three bags, and their arguments by name.
 BAGS = 6
@@ -204,17 +204,17 @@ def test_a_torch_that_does_not_tell_gives_arrays(monkeypatch: pytest.MonkeyPatch
         def weights(self, _: Any) -> None:
             return None
 
-    monkeypatch.setattr(row_formats, "_TAKEN", ())
+    monkeypatch.setattr(calls, "TAKES_TENSORS", False)
     monkeypatch.setattr(memory, "Homes", Unknown)
     seen: list[type] = []
-    real = row_formats.as_array
+    real = as_array
 
     def watched(tensor: Tensor) -> Any:
         seen.append(type(tensor))
         return real(tensor)
 
     module = collection()
-    monkeypatch.setattr(row_formats, "as_array", watched)
+    monkeypatch.setattr(calls, "as_array", watched)
     assert torch.equal(output(module), expected)
     assert len(seen) == 4
     rows = torch.ones(10, 4)
@@ -225,7 +225,7 @@ def test_a_torch_that_does_not_tell_gives_arrays(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_tensors_of_a_type_that_does_not_tell() -> None:
-    assert take_tensors(int) is TAKES  # a type that tells is kept
+    assert take_tensors(int) is TAKES_TENSORS  # a type that tells is kept
 
 
 @taken

@@ -142,7 +142,7 @@ class EmbeddingBagCollection(NamedTables):
         if inverse is not None or features.variable_stride_per_key():
             strides = self._in_order(features).stride_per_key()
             values = expand(values, self._features, self._lengths, strides, inverse)
-        make = KeyedTensor.of_checked if keyed_tensor is KeyedTensor else keyed_tensor
+        make = KeyedTensor._of_checked if keyed_tensor is KeyedTensor else keyed_tensor
         return make(self._embedding_names, self._lengths, values)
 
     def lookup(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:

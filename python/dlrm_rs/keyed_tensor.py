@@ -48,7 +48,7 @@ class KeyedTensor:
             raise ValueError(f"values: expected shape (B, {sum(self._length_per_key)}), got {tuple(values.shape)}")
 
     @classmethod
-    def of_checked(cls, keys: list[str], length_per_key: list[int], values: Tensor) -> Self:
+    def _of_checked(cls, keys: list[str], length_per_key: list[int], values: Tensor) -> Self:
         """One of names that differ and columns of their lengths, as a lookup's are: nothing is looked at again."""
         made = cls.__new__(cls)
         made._keys, made._length_per_key, made._values = keys.copy(), length_per_key.copy(), values

@@ -130,18 +130,20 @@ def _positions(keys: Sequence[str], wanted: Sequence[str]) -> list[int]:
     return [position[feature] for feature in wanted]
 
 
+_OURS = {"KeyedTensor": KeyedTensor, "JaggedTensor": JaggedTensor}
+
+
 def beside(features: type, name: str) -> Any:  # not cached: torch.compile warns of caches that it looks through
     """The class of that name that lives beside a KeyedJaggedTensor class: ours beside ours, TorchRec's beside theirs.
 
     Raises:
         TypeError: `features` is no KeyedJaggedTensor.
     """
-    ours = {"KeyedTensor": KeyedTensor, "JaggedTensor": JaggedTensor}[name]
     if features is KeyedJaggedTensor:
-        return ours
+        return _OURS[name]
     for base in features.__mro__:
         if base is KeyedJaggedTensor:
-            return ours
+            return _OURS[name]
         if base.__name__ == "KeyedJaggedTensor":
             return getattr(sys.modules[base.__module__], name)
     raise TypeError(

@@ -1,4 +1,4 @@
-"""Row formats by their names, the torch dtypes that some are, and tensors as the engine takes them."""
+"""Row formats by their names, the torch dtypes that some are, and tensors as the arrays that the engine takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlrm_rs._dlrm_rs import take_tensors
 
@@ -15,13 +15,16 @@ __all__ = [
     "METHODS",
     "QUANTIZED",
     "ROW_FORMATS",
+    "TAKES_TENSORS",
     "TORCH_DTYPES",
     "as_array",
-    "as_operand",
     "as_tensor",
     "output_dtype",
     "row_format",
 ]
+
+# Whether the binding takes tensors as they are, since torch tells it where they are; an older torch does not.
+TAKES_TENSORS = take_tensors(Tensor)
 
 # Row formats whose elements are numbers of a torch dtype: such rows are a Parameter.
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -78,15 +81,6 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
     """An array of the engine's, without a copy; int16 holds the bits of bfloat16, which NumPy has not."""
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if array.dtype == np.int16 else tensor
-
-
-# The tensors that the binding takes as they are, since torch tells it where they are; an older torch does not.
-_TAKEN: tuple[type, ...] = (Tensor, nn.Parameter) if take_tensors(Tensor) else ()
-
-
-def as_operand(tensor: Tensor | None) -> Any:
-    """A tensor of ids, weights of ids or output as the engine takes it: without a copy, and without its gradient."""
-    return tensor if tensor is None or type(tensor) in _TAKEN else as_array(tensor)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from dlrm_rs.devices.ring import Ring
 from dlrm_rs.layout import Layout
 from dlrm_rs.memory import Memory
 from dlrm_rs.optim import FusedOptimizer
-from dlrm_rs.row_formats import as_operand
+from dlrm_rs.row_formats import TAKES_TENSORS, as_array
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = [
@@ -56,8 +56,10 @@ def lookup(
         out = torch.empty(rows, shape.width, dtype=shape.output_dtype, device=_CPU)
     else:
         out = outputs.take((rows, shape.width), shape.output_dtype)
-    ids = as_operand(indices), as_operand(offsets), batch_size, as_operand(per_sample_weights)
-    handle.lookup(*ids, as_operand(out), as_operand(argmax))
+    given: Any = indices, offsets, batch_size, per_sample_weights, out, argmax
+    if not TAKES_TENSORS:
+        given = [as_array(item) if isinstance(item, Tensor) else item for item in given]
+    handle.lookup(*given)
     return out
 
 
