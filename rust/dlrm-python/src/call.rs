@@ -17,14 +17,15 @@ use crate::error::BindingError;
 /// Between two looks at the signals; a look takes the GIL.
 const PERIOD: Duration = Duration::from_millis(50);
 
-/// Times that the engine asks for each look at the clock, which takes longer than a table's rows of a small call do.
-const ASKED: u32 = 8;
+/// Where the engine asks again within this, it is answered a few times without a look at the clock, which takes as long as
+/// some rows do.
+const BRIEF: Duration = Duration::from_millis(1);
+const UNSEEN: u32 = 7;
 
 /// Runs `f` without the GIL on this process's level and threads. A Python signal handler that raises ends it.
 pub(crate) fn call<R: Send>(py: Python<'_>, f: impl FnOnce(&Context<'_>) -> Result<R> + Send) -> PyResult<R> {
     py.detach(|| {
-        let signals =
-            Signals { looked: Cell::new(Instant::now()), asked: Cell::new(0), raised: RefCell::new(None) };
+        let signals = Signals::new();
         let poll = || signals.raised();
         let context = Context { poll: &poll, ..Context::new().map_err(BindingError)? };
         let result = catch_unwind(AssertUnwindSafe(|| f(&context))).map_err(failed)?;
@@ -44,17 +45,37 @@ fn failed(panic: Box<dyn Any + Send>) -> PyErr {
 }
 
 struct Signals {
+    /// When signals were looked at.
     looked: Cell<Instant>,
-    asked: Cell<u32>,
+    /// When the clock was.
+    seen: Cell<Instant>,
+    /// Questions that are answered without.
+    unseen: Cell<u32>,
     raised: RefCell<Option<PyErr>>,
 }
 
 impl Signals {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            looked: Cell::new(now),
+            seen: Cell::new(now),
+            unseen: Cell::new(0),
+            raised: RefCell::new(None),
+        }
+    }
+
     /// Whether a signal handler raised; Python runs them only when asked, and only on the main thread. A Python that is
     /// shutting down is not asked.
     fn raised(&self) -> bool {
-        self.asked.set(self.asked.get().wrapping_add(1));
-        if !self.asked.get().is_multiple_of(ASKED) || self.looked.get().elapsed() < PERIOD {
+        if let Some(left) = self.unseen.get().checked_sub(1) {
+            self.unseen.set(left);
+            return false;
+        }
+        let now = Instant::now();
+        let brief = now.duration_since(self.seen.replace(now)) < BRIEF;
+        self.unseen.set(if brief { UNSEEN } else { 0 });
+        if now.duration_since(self.looked.get()) < PERIOD {
             return false;
         }
         let raised = Python::try_attach(|py| py.check_signals().err()).flatten();
