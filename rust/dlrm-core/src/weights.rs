@@ -6,8 +6,8 @@
 use crate::Level;
 use crate::disjoint::Disjoint;
 use crate::kernels::codes::{self, CodeRows};
-use crate::kernels::reduce::Stream;
 use crate::kernels::stochastic::{Decode, Encode, Half, HalfRows, Halves};
+use crate::kernels::touched::Stream;
 
 /// The elements of a table's rows, to be changed.
 pub(crate) enum Weights<'a> {

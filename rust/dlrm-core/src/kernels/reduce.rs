@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use super::sum::{Terms, block, load, sum};
-use super::touched::{PARTS, ROWS, Target, Touched, map};
+use super::touched::{ROWS, Touched, map};
 use super::{Kernel, LANES, Simd};
 use crate::occurrences::Run;
 use crate::sources::Sources;
@@ -19,35 +19,8 @@ use crate::sources::Sources;
 /// Occurrences that are added up before they are added to the row's sum.
 pub(crate) const BLOCK: usize = 512;
 
-/// Occurrences whose rows are prefetched ahead of the one that is read.
+/// Occurrences whose gradients are prefetched ahead of the one that is read.
 const AHEAD: usize = 24;
-
-/// Places for a row each, side by side in memory, that are to be brought near.
-#[derive(Clone, Copy)]
-pub(crate) struct Stream {
-    pub(crate) start: *const u8,
-    /// 0 for no places: a prefetch of memory that is not there costs a walk of the page tables.
-    pub(crate) row_bytes: usize,
-}
-
-impl Stream {
-    pub(crate) const NONE: Self = Self { start: std::ptr::null(), row_bytes: 0 };
-}
-
-/// The streams of the weights, then of the state.
-type Streams = [Stream; 2 + PARTS];
-
-impl Target<'_> {
-    #[inline(always)]
-    fn streams(&self) -> Streams {
-        if self.rows.is_some() {
-            return [Stream::NONE; 2 + PARTS]; // they are written one after another
-        }
-        let [first, second] = self.weights.streams(self.dim);
-        let state = |part: usize| self.state[part].streams(self.state_len[part])[0];
-        [first, second, state(0), state(1)]
-    }
-}
 
 /// The gradients of the next rows, and which these are.
 pub(super) struct Reduce<'a> {
@@ -65,22 +38,35 @@ impl Kernel for Reduce<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Self::Output {
-        // Where a row is as many vectors as registers hold, nothing about its length is asked for every occurrence.
-        match self.touched.target.dim {
-            16 => self.rows_of::<S, 1>(simd),
-            32 => self.rows_of::<S, 2>(simd),
-            64 => self.rows_of::<S, 4>(simd),
-            128 if S::BLOCK >= 8 => self.rows_of::<S, 8>(simd),
-            _ => self.rows_of::<S, 0>(simd),
+        let Sources { scales, argmax, .. } = self.touched.sources;
+        match (argmax, scales) {
+            (Some(_), _) => self.rows_of::<S, 0, true, true>(simd),
+            (None, Some(_)) => self.rows_of_dim::<S, true>(simd),
+            (None, None) => self.rows_of_dim::<S, false>(simd),
         }
     }
 }
 
 impl Reduce<'_> {
+    /// Where a row is as many vectors as registers hold, nothing about its length is asked for every occurrence.
     #[inline(always)]
-    fn rows_of<S: Simd, const VECTORS: usize>(self, simd: S) -> (usize, usize) {
+    fn rows_of_dim<S: Simd, const SCALED: bool>(self, simd: S) -> (usize, usize) {
+        match self.touched.target.dim {
+            16 => self.rows_of::<S, 1, SCALED, false>(simd),
+            32 => self.rows_of::<S, 2, SCALED, false>(simd),
+            64 => self.rows_of::<S, 4, SCALED, false>(simd),
+            128 if S::BLOCK >= 8 => self.rows_of::<S, 8, SCALED, false>(simd),
+            _ => self.rows_of::<S, 0, SCALED, false>(simd),
+        }
+    }
+
+    #[inline(always)]
+    fn rows_of<S: Simd, const VECTORS: usize, const SCALED: bool, const MASKED: bool>(
+        self,
+        simd: S,
+    ) -> (usize, usize) {
         let Touched { run, by_frequency, factor, hot, .. } = *self.touched;
-        let gradients = Gradients::<VECTORS>::new(self.touched);
+        let gradients = Gradients::<VECTORS, SCALED, MASKED>::new(self.touched);
         if self.begin == 0 {
             for k in 0..AHEAD.min(run.len()) {
                 gradients.prefetch(simd, k);
@@ -142,27 +128,30 @@ impl Kernel for SumBlock<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        Gradients::<0>::new(&self.touched).sum(simd, self.block, self.into);
+        Gradients::<0, true, true>::new(&self.touched).sum(simd, self.block, self.into);
     }
 }
 
 /// The gradients of a row's occurrences, to be added up; rows are of `VECTORS` whole vectors, or of any length if 0.
+///
+/// Where not `SCALED`, no gradient has a scale, where not `MASKED`, none is of max pooling.
 #[derive(Clone, Copy)]
-struct Gradients<'a, const VECTORS: usize> {
+struct Gradients<'a, const VECTORS: usize, const SCALED: bool, const MASKED: bool> {
     run: Run<'a>,
     sources: Sources<'a>,
     dim: usize,
-    streams: Streams,
     /// Whether the sum goes onto what is there.
     onto: bool,
 }
 
-impl<'a, const VECTORS: usize> Gradients<'a, VECTORS> {
+impl<'a, const VECTORS: usize, const SCALED: bool, const MASKED: bool>
+    Gradients<'a, VECTORS, SCALED, MASKED>
+{
     #[inline(always)]
     fn new(touched: &Touched<'a>) -> Self {
         let Touched { run, sources, target, .. } = *touched;
         let dim = if VECTORS > 0 { VECTORS * LANES } else { target.dim };
-        Self { run, sources: *sources, dim, streams: target.streams(), onto: false }
+        Self { run, sources: *sources, dim, onto: false }
     }
 
     /// The sum of some occurrences of one row, block by block.
@@ -181,15 +170,9 @@ impl<'a, const VECTORS: usize> Gradients<'a, VECTORS> {
         }
     }
 
-    /// Starts to bring near what occurrence `k` will need.
+    /// Starts to bring the gradient of occurrence `k` near.
     #[inline(always)]
     fn prefetch<S: Simd>(&self, simd: S, k: usize) {
-        let row = self.run.row(k);
-        for Stream { start, row_bytes } in self.streams {
-            if row_bytes > 0 {
-                simd.prefetch_bytes(start.wrapping_add(row.wrapping_mul(row_bytes)), row_bytes);
-            }
-        }
         if let Some(&start) = self.sources.starts.get(self.run.place(k)) {
             let grad = self.sources.grad.as_ptr().wrapping_add(start);
             simd.prefetch_bytes(grad.cast(), self.dim * size_of::<f32>());
@@ -197,7 +180,9 @@ impl<'a, const VECTORS: usize> Gradients<'a, VECTORS> {
     }
 }
 
-impl<const VECTORS: usize> Terms for Gradients<'_, VECTORS> {
+impl<const VECTORS: usize, const SCALED: bool, const MASKED: bool> Terms
+    for Gradients<'_, VECTORS, SCALED, MASKED>
+{
     #[inline(always)]
     fn add<S: Simd, const COUNT: usize, const WHOLE: bool>(
         &self,
@@ -212,23 +197,27 @@ impl<const VECTORS: usize> Terms for Gradients<'_, VECTORS> {
         }
         let place = run.place(k);
         let start = sources.starts[place];
-        let grad = load::<S, COUNT, WHOLE>(simd, &sources.grad[start..start + dim], at);
-        let scale = simd.splat(sources.scales.map_or(1.0, |scales| scales[place]));
-        let masked = sources.argmax.zip(sources.places).filter(|(_, places)| places[place] >= 0);
-        match masked {
-            None => {
-                for i in 0..COUNT {
-                    sum[i] = simd.add(sum[i], simd.mul(grad[i], scale));
-                }
-            }
+        let mut grad = load::<S, COUNT, WHOLE>(simd, &sources.grad[start..start + dim], at);
+        match sources.argmax.zip(sources.places).filter(|(_, places)| MASKED && places[place] >= 0) {
             Some((argmax, places)) => {
                 let argmax = load::<S, COUNT, WHOLE>(simd, &argmax[start..start + dim], at);
                 let own = simd.splat(f32::from_bits(places[place] as u32));
                 for i in 0..COUNT {
                     let largest = simd.same_bits(argmax[i], own);
-                    sum[i] = simd.add(sum[i], simd.select(largest, grad[i], simd.splat(0.0)));
+                    grad[i] = simd.select(largest, grad[i], simd.splat(0.0));
                 }
             }
+            None => {
+                if let Some(scales) = sources.scales.filter(|_| SCALED) {
+                    let scale = simd.splat(scales[place]);
+                    for grad in &mut grad {
+                        *grad = simd.mul(*grad, scale);
+                    }
+                }
+            }
+        }
+        for i in 0..COUNT {
+            sum[i] = simd.add(sum[i], grad[i]);
         }
     }
 

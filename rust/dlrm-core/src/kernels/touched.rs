@@ -10,6 +10,8 @@
 //! [`ROWS`] rows at a time go through kernels of their own for the sum, for rows that are not fp32, and for the rule: so
 //! an optimizer costs one small kernel for each level, and a row format two, not one for every pair of them.
 
+use std::mem;
+
 use super::reduce::Reduce;
 use super::{Kernel, LANES, Simd};
 use crate::Level;
@@ -52,6 +54,43 @@ pub(crate) struct Target<'a> {
     pub(crate) rows: Option<&'a [i64]>,
 }
 
+/// Places for a row each, side by side in memory, that are to be brought near.
+#[derive(Clone, Copy)]
+pub(crate) struct Stream {
+    pub(crate) start: *const u8,
+    /// 0 for no places: a prefetch of memory that is not there costs a walk of the page tables.
+    pub(crate) row_bytes: usize,
+}
+
+impl Stream {
+    pub(crate) const NONE: Self = Self { start: std::ptr::null(), row_bytes: 0 };
+}
+
+/// The streams of the weights, then of the state.
+type Streams = [Stream; 2 + PARTS];
+
+impl Target<'_> {
+    #[inline(always)]
+    fn streams(&self) -> Streams {
+        if self.rows.is_some() {
+            return [Stream::NONE; 2 + PARTS]; // they are written one after another
+        }
+        let [first, second] = self.weights.streams(self.dim);
+        let state = |part: usize| self.state[part].streams(self.state_len[part])[0];
+        [first, second, state(0), state(1)]
+    }
+}
+
+/// Starts to bring near what a rule will change of a row.
+#[inline(always)]
+fn prefetch<S: Simd>(simd: S, streams: &Streams, row: usize) {
+    for &Stream { start, row_bytes } in streams {
+        if row_bytes > 0 {
+            simd.prefetch_bytes(start.wrapping_add(row.wrapping_mul(row_bytes)), row_bytes);
+        }
+    }
+}
+
 /// Some touched rows of a table.
 #[derive(Clone, Copy)]
 pub(crate) struct Touched<'a> {
@@ -63,66 +102,85 @@ pub(crate) struct Touched<'a> {
     pub(crate) hot: HotRows<'a>,
 }
 
-impl Touched<'_> {
-    /// Applies a rule to all of them.
-    pub(crate) fn apply<R: Rule>(self, rule: &R, level: Level) {
-        let Self { run, target, .. } = self;
-        let mut gradients = Vec::new();
-        let gradients = aligned(&mut gradients, ROWS * target.dim);
-        let mut decoded = target.weights.scratch(ROWS * target.dim);
-        let mut state = [0, 1].map(|part| target.state[part].scratch(ROWS * target.state_len[part]));
-        let mut rows = [0; ROWS];
-        let mut packed = target.rows.filter(|_| run.len() > 0).map_or(0, |rows| {
-            let first = run.row(0) as i64;
-            rows.partition_point(|&row| row < first)
-        });
-        let mut begin = 0;
-        while begin < run.len() {
-            let reduce = Reduce {
-                touched: &self,
-                begin,
-                rows: &mut rows,
-                needed: R::NEEDS_GRADIENT,
-                into: &mut *gradients,
-            };
-            let (count, end) = level.run(reduce);
-            if target.rows.is_some() {
-                for row in &mut rows[..count] {
-                    *row = packed;
-                    packed += 1;
-                }
-            }
-            let rows = &rows[..count];
-            target.weights.decode(rows, &mut decoded, level);
-            for (part, decoded) in target.state.iter().zip(&mut state) {
-                part.decode(rows, decoded, level);
-            }
-            let (decoded_state, gradients) = (&mut state, &mut *gradients);
-            level.run(Apply { rule, target, rows, gradients, decoded: &mut decoded, decoded_state });
-            for (part, decoded) in target.state.iter().zip(&mut state) {
-                part.encode(rows, decoded, level);
-            }
-            target.weights.encode(rows, &mut decoded, level);
-            begin = end;
-        }
+/// Rows whose gradients have been summed.
+struct Batch<'a> {
+    rows: [usize; ROWS],
+    count: usize,
+    /// `(ROWS, D)`.
+    gradients: &'a mut [f32],
+}
+
+impl<'a> Batch<'a> {
+    fn new(gradients: &'a mut [f32]) -> Self {
+        Self { rows: [0; ROWS], count: 0, gradients }
+    }
+
+    fn rows(&self) -> &[usize] {
+        &self.rows[..self.count]
     }
 }
 
 impl Touched<'_> {
+    /// Applies a rule to all of them.
+    ///
+    /// While it is applied to some, the next ones, whose gradients have been summed before, are brought near: the sum waits
+    /// for gradients, the rule for rows, and neither has to wait for what both would ask of the memory at once.
+    pub(crate) fn apply<R: Rule>(self, rule: &R, level: Level) {
+        let Self { run, target, .. } = self;
+        let mut gradients = Vec::new();
+        let (first, second) = aligned(&mut gradients, 2 * ROWS * target.dim).split_at_mut(ROWS * target.dim);
+        let (mut now, mut next) = (Batch::new(first), Batch::new(second));
+        let mut decoded = target.weights.scratch(ROWS * target.dim);
+        let mut state = [0, 1].map(|part| target.state[part].scratch(ROWS * target.state_len[part]));
+        let mut packed = target.rows.filter(|_| run.len() > 0).map(|rows| {
+            let first = run.row(0) as i64;
+            rows.partition_point(|&row| row < first)..rows.len()
+        });
+        let mut sum = |begin, batch: &mut Batch| {
+            let end = self.sum_next(begin, batch, R::NEEDS_GRADIENT, level);
+            for (row, place) in batch.rows[..batch.count].iter_mut().zip(packed.iter_mut().flatten()) {
+                *row = place;
+            }
+            end
+        };
+        let mut begin = sum(0, &mut now);
+        level.run(Prefetch { target, rows: now.rows() });
+        while now.count > 0 {
+            begin = sum(begin, &mut next);
+            let (rows, gradients) = (&now.rows[..now.count], &mut *now.gradients);
+            target.weights.decode(rows, &mut decoded, level);
+            for (part, decoded) in target.state.iter().zip(&mut state) {
+                part.decode(rows, decoded, level);
+            }
+            let (decoded, decoded_state) = (&mut decoded, &mut state);
+            level.run(Apply { rule, target, rows, next: next.rows(), gradients, decoded, decoded_state });
+            for (part, decoded) in target.state.iter().zip(&mut state) {
+                part.encode(rows, decoded, level);
+            }
+            target.weights.encode(rows, decoded, level);
+            mem::swap(&mut now, &mut next);
+        }
+    }
+
     /// The sum of the squares of their gradients.
     pub(crate) fn squares(self, level: Level) -> f64 {
         let mut gradients = Vec::new();
-        let gradients = aligned(&mut gradients, ROWS * self.target.dim);
-        let mut rows = [0; ROWS];
+        let mut batch = Batch::new(aligned(&mut gradients, ROWS * self.target.dim));
         let (mut begin, mut sum) = (0, 0.0);
         while begin < self.run.len() {
-            let reduce =
-                Reduce { touched: &self, begin, rows: &mut rows, needed: true, into: &mut *gradients };
-            let (count, end) = level.run(reduce);
-            sum += level.run(Squares { of: &gradients[..count * self.target.dim] });
-            begin = end;
+            begin = self.sum_next(begin, &mut batch, true, level);
+            sum += level.run(Squares { of: &batch.gradients[..batch.count * self.target.dim] });
         }
         sum
+    }
+
+    /// Sums the gradients of the rows from occurrence `begin` on, as far as a batch has room, if they are `needed`; returns
+    /// the occurrence after them.
+    fn sum_next(&self, begin: usize, batch: &mut Batch, needed: bool, level: Level) -> usize {
+        let (rows, into) = (&mut batch.rows, &mut *batch.gradients);
+        let end;
+        (batch.count, end) = level.run(Reduce { touched: self, begin, rows, needed, into });
+        end
     }
 }
 
@@ -189,11 +247,29 @@ pub(crate) fn norm<S: Simd>(simd: S, row: &[f32]) -> f32 {
     squares(simd, row).sqrt()
 }
 
+/// Rows to bring near.
+struct Prefetch<'a> {
+    target: &'a Target<'a>,
+    rows: &'a [usize],
+}
+
+impl Kernel for Prefetch<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let streams = self.target.streams();
+        self.rows.iter().for_each(|&row| prefetch(simd, &streams, row));
+    }
+}
+
 /// A rule applied to some rows.
 struct Apply<'a, R> {
     rule: &'a R,
     target: &'a Target<'a>,
     rows: &'a [usize],
+    /// Those that come after them.
+    next: &'a [usize],
     gradients: &'a mut [f32],
     /// The rows, where they are not fp32 in memory.
     decoded: &'a mut [f32],
@@ -206,15 +282,35 @@ impl<R: Rule> Kernel for Apply<'_, R> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Target { weights, state: [first, second], dim, state_len, .. } = self.target;
+        // Where a length is a constant, nothing about it is asked for every vector.
+        match self.target.dim {
+            16 => self.rows_of::<S, 1>(simd),
+            32 => self.rows_of::<S, 2>(simd),
+            64 => self.rows_of::<S, 4>(simd),
+            128 => self.rows_of::<S, 8>(simd),
+            _ => self.rows_of::<S, 0>(simd),
+        }
+    }
+}
+
+impl<R: Rule> Apply<'_, R> {
+    /// To rows of `VECTORS` whole vectors, or of any length if 0.
+    #[inline(always)]
+    fn rows_of<S: Simd, const VECTORS: usize>(self, simd: S) {
+        let Target { weights, state: [first, second], state_len, .. } = self.target;
+        let dim = if VECTORS > 0 { VECTORS * LANES } else { self.target.dim };
         let [decoded_first, decoded_second] = self.decoded_state;
-        let gradients = self.gradients.chunks_exact_mut(*dim);
+        let streams = self.target.streams();
+        let gradients = self.gradients.chunks_exact_mut(dim);
         for (i, (&row, gradient)) in self.rows.iter().zip(gradients).enumerate() {
+            if let Some(&next) = self.next.get(i) {
+                prefetch(simd, &streams, next);
+            }
             let state = [
                 place(first, state_len[0], row, decoded_first, i),
                 place(second, state_len[1], row, decoded_second, i),
             ];
-            let weights = place(weights, *dim, row, self.decoded, i);
+            let weights = place(weights, dim, row, self.decoded, i);
             self.rule.apply(simd, Row { weights, state, gradient });
         }
     }
