@@ -107,6 +107,28 @@ def test_a_stride_between_single_elements_is_none() -> None:
     only.lookup(one, None, 1, None, torch.empty(1, 4), None)
 
 
+class Wrapper(Tensor):
+    """A tensor that has its elements in another, as results of torch's collectives do."""
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        return NotImplemented
+
+
+def _wrapped(tensor: Tensor) -> Tensor:
+    options: dict[str, Any] = {"strides": tensor.stride(), "storage_offset": 1, "dtype": tensor.dtype}
+    return Tensor._make_wrapper_subclass(Wrapper, tensor.shape, **options)  # type: ignore[attr-defined, no-any-return]
+
+
+def _fake_part(tensor: Tensor) -> Tensor:
+    fake: Tensor = FakeTensorMode().from_tensor(torch.cat([tensor, tensor]))
+    return fake[tensor.numel() :]
+
+
+def _part_of_no_memory(tensor: Tensor) -> Tensor:
+    return torch._efficientzerotensor(2 * tensor.numel())[tensor.numel() :]
+
+
 def _unaligned(tensor: Tensor) -> Tensor:
     raw = np.zeros(tensor.numel() * tensor.element_size() + 1, np.uint8)
     return torch.frombuffer(raw, dtype=tensor.dtype, offset=1)
@@ -133,6 +155,15 @@ REFUSED: dict[str, tuple[str, Callable[[Tensor], Any], type[Exception], str]] = 
     "out on meta": ("out", lambda t: t.to("meta"), ValueError, "tensor on the CPU.*got device meta"),
     "sparse": ("indices", Tensor.to_sparse, ValueError, "dense tensor.*got device cpu, layout torch.sparse_coo"),
     "fake": ("indices", lambda t: FakeTensorMode().from_tensor(t), ValueError, "with memory of its own.*got device"),
+    "part of a fake": ("indices", _fake_part, ValueError, "with memory of its own.*got device"),
+    "wrapper": ("indices", _wrapped, ValueError, "with memory of its own.*got device"),
+    "class of other operators": (
+        "indices",
+        lambda t: Tensor._make_subclass(Wrapper, t),
+        ValueError,
+        "with memory of its own.*got device",
+    ),
+    "part of known zeros": ("per_sample_weights", _part_of_no_memory, ValueError, "with memory of its own"),
     "no tensor": ("indices", Tensor.tolist, TypeError, "an array of int32 or int64, got <class 'list'>"),
 }
 

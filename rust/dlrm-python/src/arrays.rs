@@ -14,7 +14,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 
-use crate::tensors::{Elements, Kind, view};
+use crate::tensors::{Elements, Kind, is_plain, view};
 
 /// Ids or offsets.
 pub(crate) enum Integers<'py> {
@@ -217,14 +217,18 @@ impl<'a, 'py> Given<'a, 'py> {
             kind: view.kind,
             contiguous: view.is_contiguous(),
         });
-        let elsewhere = |_| {
+        let elsewhere = || {
             let expected = "a dense tensor on the CPU, with memory of its own";
             let (device, layout) = (said(object, "device"), said(object, "layout"));
             PyValueError::new_err(format!(
                 "{name}: expected {expected}, got device {device}, layout {layout}"
             ))
         };
-        Ok(Self { name, object, tensor: tensor.map_err(elsewhere)? })
+        let tensor = tensor.map_err(|_| elsewhere())?;
+        if tensor.as_ref().is_some_and(|tensor| !is_plain(object) || has_no_storage(object, tensor)) {
+            return Err(elsewhere());
+        }
+        Ok(Self { name, object, tensor })
     }
 
     fn is<T: Number>(&self) -> bool {
@@ -319,6 +323,17 @@ impl<'a, 'py> Given<'a, 'py> {
         };
         PyTypeError::new_err(format!("{}: expected {expected}, got {got}", self.name))
     }
+}
+
+/// Whether a tensor only has an offset from nowhere, as a part of one that torch knows to be zeros.
+fn has_no_storage(object: &Bound<'_, PyAny>, tensor: &Tensor) -> bool {
+    const LOW: usize = 1 << 40; // no such offset is larger, most addresses are
+    if tensor.len == 0 || tensor.address >= LOW {
+        return false;
+    }
+    let offset =
+        object.call_method0(intern!(object.py(), "storage_offset")).and_then(|offset| offset.extract());
+    offset.map_or(true, |offset: usize| Some(tensor.address) == offset.checked_mul(tensor.kind.bytes()))
 }
 
 /// What a tensor says of itself.

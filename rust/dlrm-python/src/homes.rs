@@ -33,7 +33,9 @@ impl Homes {
         let name = intern!(py, "weight");
         let mut weights = Vec::with_capacity(self.0.len());
         for (home, holder) in self.0.iter().zip(holders) {
-            match holder.cast::<PyDict>()?.get_item(name)? {
+            // One of a class of its own may answer otherwise than a dictionary.
+            let Ok(holder) = holder.cast_exact::<PyDict>() else { return Ok(None) };
+            match holder.get_item(name)? {
                 Some(weight) if home.has(&weight) => weights.push(weight),
                 _ => return Ok(None),
             }

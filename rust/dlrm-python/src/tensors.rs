@@ -10,6 +10,7 @@ use std::slice::from_raw_parts;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::ffi;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyCapsuleMethods, PyType};
@@ -18,6 +19,12 @@ use pyo3::types::{PyCapsule, PyCapsuleMethods, PyType};
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Kind(pub(crate) u8, pub(crate) u8);
+
+impl Kind {
+    pub(crate) fn bytes(self) -> usize {
+        usize::from(self.1) / 8
+    }
+}
 
 /// Where a tensor is, as long as nothing runs that could change that.
 pub(crate) struct View<'a> {
@@ -49,6 +56,8 @@ impl View<'_> {
 /// The API of torch, and whose objects it describes.
 struct Api {
     tensor: Py<PyType>,
+    /// The attribute of its subclasses that leave their operators to torch.
+    dispatch: Py<PyAny>,
     describe: Describe,
 }
 
@@ -58,7 +67,10 @@ static API: PyOnceLock<Api> = PyOnceLock::new();
 #[pyfunction]
 pub(crate) fn take_tensors(tensor: &Bound<'_, PyType>) -> bool {
     let py = tensor.py();
-    let api = || describe_of(tensor).map(|describe| Api { tensor: tensor.clone().unbind(), describe });
+    let api = || {
+        let dispatch = tensor.getattr(DISPATCH).ok()?.unbind();
+        describe_of(tensor).map(|describe| Api { tensor: tensor.clone().unbind(), dispatch, describe })
+    };
     API.get(py).is_some() || api().is_some_and(|api| API.set(py, api).is_ok())
 }
 
@@ -70,6 +82,16 @@ fn describe_of(tensor: &Bound<'_, PyType>) -> Option<Describe> {
     let version = unsafe { api.as_ref().version };
     // SAFETY: of this version it is of this type.
     if version.major == 1 && version.minor >= 3 { unsafe { api.as_ref().describe } } else { None }
+}
+
+/// Whether a tensor's elements are those of its memory: a class with operators of its own may have them elsewhere, as fake
+/// tensors, results of collectives and other wrappers do, and torch then tells an address that means nothing.
+pub(crate) fn is_plain(tensor: &Bound<'_, PyAny>) -> bool {
+    let (py, class) = (tensor.py(), tensor.get_type());
+    API.get(py).is_some_and(|api| {
+        class.is(&api.tensor)
+            || class.getattr(intern!(py, DISPATCH)).is_ok_and(|dispatch| dispatch.is(&api.dispatch))
+    })
 }
 
 /// Calls `f` with where a tensor is; `None` of what is no tensor.
@@ -134,6 +156,7 @@ impl<'py, T> Elements<'py, T> {
     }
 }
 
+const DISPATCH: &str = "__torch_dispatch__";
 const NAME: &CStr = c"dlpack_exchange_api";
 const DEVICE_CPU: i32 = 1;
 const DEVICE_CUDA_HOST: i32 = 3;
