@@ -71,19 +71,46 @@ def test_large_calls_run_on_torchs_threads_while_these_are_enough() -> None:
     assert out == "done\n"
 
 
+def test_a_child_that_loads_the_engine_after_torch_ran_in_its_parent() -> None:
+    script = """
+        import os, torch
+        torch.set_num_threads(2)
+        torch.ones(1000, 1000).exp()
+        child = os.fork()
+        if child == 0:
+            import dlrm_rs
+            assert dlrm_rs.info()["threads_of"] == "dlrm_rs"
+            dlrm_rs.set_num_threads(2)
+            bags = dlrm_rs.EmbeddingBag(1, 64, mode="sum")
+            bags(torch.zeros(2000, 8, dtype=torch.int64))
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        assert process.wait(timeout=60) == 0
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
 def test_there_are_as_many_threads_as_torch_has_unless_it_is_said_otherwise() -> None:
     script = """
-        import torch, dlrm_rs
+        import threading, torch, dlrm_rs
         for n in (3, 1):
             torch.set_num_threads(n)
             print(dlrm_rs.get_num_threads())
+        thread = threading.Thread(target=lambda: print(dlrm_rs.get_num_threads()))
+        thread.start()
+        thread.join()
         dlrm_rs.set_num_threads(2)
         print(dlrm_rs.get_num_threads())
     """
-    for environment, expected in (({}, "3 1 2"), ({"DLRM_RS_NUM_THREADS": "5"}, "5 5 2")):
+    for environment, expected in (({}, "3 1 1 2"), ({"DLRM_RS_NUM_THREADS": "5"}, "5 5 5 2")):
         command = [sys.executable, "-c", textwrap.dedent(script)]
-        out = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-        assert out.split() == expected.split()
+        done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+        assert done.stdout.split() == expected.split()
 
 
 def test_forked_workers_look_up_while_the_parent_trains() -> None:

@@ -23,7 +23,7 @@ type Member = extern "C" fn(*mut c_void);
 /// calls `function(data)`; the calling thread is one of them, and number 0.
 pub type Parallel = unsafe extern "C" fn(Member, *mut c_void, c_uint, c_uint);
 
-/// `omp_get_max_threads()`, the default size of a team, or `omp_get_thread_num()`, which of its team the caller is.
+/// The default size of a team, as `omp_get_max_threads()` tells it, or `omp_get_thread_num()`, which of its team the caller is.
 pub type Number = unsafe extern "C" fn() -> c_int;
 
 /// The entries of an OpenMP runtime.
@@ -31,7 +31,7 @@ pub type Number = unsafe extern "C" fn() -> c_int;
 pub struct OpenMp {
     /// `GOMP_parallel`.
     pub parallel: Parallel,
-    /// `omp_get_max_threads`.
+    /// `omp_get_max_threads`, or what the owner of the threads has in its place.
     pub max_threads: Number,
     /// `omp_get_thread_num`.
     pub thread_num: Number,
@@ -168,7 +168,10 @@ mod tests {
 
     #[test]
     fn members_compute_as_the_standard_says() {
-        let work = || assert_eq!(std::hint::black_box(f32::MIN_POSITIVE) / 2.0 * 2.0, f32::MIN_POSITIVE);
+        let work = || {
+            let halved_and_doubled = std::hint::black_box(f32::MIN_POSITIVE) / 2.0 * 2.0;
+            assert_eq!(halved_and_doubled.to_bits(), f32::MIN_POSITIVE.to_bits());
+        };
         PLAIN.run(2, &work, &work);
     }
 }
