@@ -87,15 +87,20 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
     /// Sum or mean of every bag.
     #[inline(always)]
     fn sums<S: Simd, const WEIGHTED: bool>(&self, simd: S, end: usize) {
-        // Where a row is as many vectors as registers hold, nothing about its length is asked for every bag.
+        // Where a row's length is a constant, nothing about it is asked for every bag.
+        macro_rules! rows_of {
+            ($vectors:literal, $block:literal) => {{
+                let rows = self.rows.of_vectors($vectors);
+                self.bags_by(simd, Sum::<_, $vectors, $block, WEIGHTED> { rows }, end)
+            }};
+        }
         match self.rows.dim() {
-            16 => self.bags_by(simd, Sum::<_, 1, WEIGHTED> { rows: self.rows.of_vectors(1) }, end),
-            32 => self.bags_by(simd, Sum::<_, 2, WEIGHTED> { rows: self.rows.of_vectors(2) }, end),
-            64 => self.bags_by(simd, Sum::<_, 4, WEIGHTED> { rows: self.rows.of_vectors(4) }, end),
-            128 if S::BLOCK >= 8 => {
-                self.bags_by(simd, Sum::<_, 8, WEIGHTED> { rows: self.rows.of_vectors(8) }, end);
-            }
-            _ => self.bags_by(simd, Sum::<_, 0, WEIGHTED> { rows: self.rows }, end),
+            16 => rows_of!(1, 1),
+            32 => rows_of!(2, 2),
+            64 => rows_of!(4, 4),
+            128 if S::BLOCK >= 8 => rows_of!(8, 8),
+            128 => rows_of!(8, 4),
+            _ => self.bags_by(simd, Sum::<_, 0, 0, WEIGHTED> { rows: self.rows }, end),
         }
     }
 
@@ -234,13 +239,15 @@ impl Mode for Max {
     }
 }
 
-/// Sum or mean of a bag; rows are `COUNT` vectors, or of any length where that is 0.
+/// Sum or mean of a bag; rows are `VECTORS` vectors, of which `BLOCK` are summed at once, or of any length where that is 0.
 #[derive(Clone, Copy)]
-struct Sum<R, const COUNT: usize, const WEIGHTED: bool> {
+struct Sum<R, const VECTORS: usize, const BLOCK: usize, const WEIGHTED: bool> {
     rows: R,
 }
 
-impl<Q: Rows, const COUNT: usize, const WEIGHTED: bool> Mode for Sum<Q, COUNT, WEIGHTED> {
+impl<Q: Rows, const VECTORS: usize, const BLOCK: usize, const WEIGHTED: bool> Mode
+    for Sum<Q, VECTORS, BLOCK, WEIGHTED>
+{
     #[inline(always)]
     fn pool<S: Simd, R: Rows, I: Id>(
         &self,
@@ -253,11 +260,15 @@ impl<Q: Rows, const COUNT: usize, const WEIGHTED: bool> Mode for Sum<Q, COUNT, W
     ) {
         let mean = of.pooling == Pooling::Mean;
         let divisor = mean.then(|| count(&of.ids[bag.clone()], of.padding).max(1) as f32);
-        let terms = BagRows::<_, _, _, COUNT, WEIGHTED> { pool: of, rows: self.rows, end, divisor };
-        if COUNT == 0 {
-            sum(simd, &terms, bag, out);
-        } else {
-            block::<S, _, COUNT, true>(simd, &terms, bag, 0, &mut out[..COUNT * LANES]);
+        let terms = BagRows::<_, _, _, VECTORS, WEIGHTED> { pool: of, rows: self.rows, end, divisor };
+        if VECTORS == 0 {
+            return sum(simd, &terms, bag, out);
+        }
+        let out = &mut out[..VECTORS * LANES];
+        let mut at = 0;
+        while at < VECTORS * LANES {
+            block::<S, _, BLOCK, true>(simd, &terms, bag.clone(), at, out);
+            at += BLOCK * LANES;
         }
     }
 }
