@@ -117,7 +117,7 @@ class Wrapper(Tensor):
 
 def _wrapped(tensor: Tensor) -> Tensor:
     options: dict[str, Any] = {"strides": tensor.stride(), "storage_offset": 1, "dtype": tensor.dtype}
-    return Tensor._make_wrapper_subclass(Wrapper, tensor.shape, **options)  # type: ignore[attr-defined, no-any-return]
+    return Tensor._make_wrapper_subclass(Wrapper, tensor.shape, **options)
 
 
 def _fake_part(tensor: Tensor) -> Tensor:
