@@ -107,8 +107,13 @@ $(WHEELS)/.built: $(SOURCES) $(VENV)/.made | cargo
 	$(BIN)/maturin build --release --locked --out $(WHEELS)
 	touch $@
 
-$(VENV)/.installed: $(WHEELS)/.built
-	$(BIN)/pip install --quiet --group test --group bench --group lint "$$(ls $(WHEELS)/*.whl)[demo]"
+# Apart, so that `make --jobs` downloads it while the wheel is built.
+$(VENV)/.needed: pyproject.toml $(VENV)/.made
+	$(BIN)/pip install --quiet --group test --group bench --group lint torch
+	touch $@
+
+$(VENV)/.installed: $(WHEELS)/.built $(VENV)/.needed
+	$(BIN)/pip install --quiet "$$(ls $(WHEELS)/*.whl)[demo]"
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
 	touch $@
 
