@@ -142,7 +142,9 @@ class EmbeddingBagCollection(NamedTables):
         if inverse is not None or features.variable_stride_per_key():
             strides = self._in_order(features).stride_per_key()
             values = expand(values, self._features, self._lengths, strides, inverse)
-        make = KeyedTensor._of_checked if keyed_tensor is KeyedTensor else keyed_tensor
+        # An object that is made without its constructor is what torch 2.6 cannot trace.
+        unchecked = keyed_tensor is KeyedTensor and not torch.compiler.is_compiling()
+        make = KeyedTensor._of_checked if unchecked else keyed_tensor
         return make(self._embedding_names, self._lengths, values)
 
     def lookup(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
