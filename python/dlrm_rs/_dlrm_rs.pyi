@@ -389,8 +389,8 @@ def take_tensors(tensor: type) -> bool:
 def info() -> dict[str, Any]:
     """What the engine runs on.
 
-    `"version"`, `"simd"`, `"simd_available"`, `"num_threads"` and `"threads_of"`: `"torch"` where a large call runs on the
-    threads of torch's operators, as it does while these are no fewer than `"num_threads"`; else `"dlrm_rs"`.
+    `"version"`, `"simd"`, `"simd_available"`, `"num_threads"` and `"threads_of"`: `"torch"` where torch lends its threads, on
+    which a large call runs while torch has no fewer than `"num_threads"`; else, as in a child of `fork`, `"dlrm_rs"`.
     """
 
 def get_num_threads() -> int:
