@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
 use crate::kernels::LANES;
-use crate::kernels::pool::Pool;
+use crate::kernels::pool::{Pool, ahead};
 use crate::per_feature::PerFeature;
 use crate::pieces::{self, Size};
 use crate::rows::{Rows, with_rows};
@@ -80,9 +80,11 @@ impl TableSet {
         self.tables.read(|tables| {
             pieces::for_each(ctx, &self.sizes(bags, tables), |feature, units| {
                 let table = &tables[self.features[feature].table];
+                let first = bags.first_of(feature, self.pooled);
+                let place =
+                    Place { bags, feature, row_lines: table.row_lines(), first, slot: slots[feature] };
                 with_rows!(table.rows.as_ref(), |rows| with_ids!(bags.ids, |ids| {
-                    let first = bags.first_of(feature, self.pooled);
-                    call.piece(level, rows, ids, Place { bags, feature, first, slot: slots[feature] }, units);
+                    call.piece(level, rows, ids, place, units);
                 }));
             })
         })??;
@@ -189,6 +191,8 @@ pub(crate) struct Lookup<'a> {
 pub(crate) struct Place<'a> {
     pub(crate) bags: &'a Bags<'a>,
     pub(crate) feature: usize,
+    /// Cache lines of a row.
+    pub(crate) row_lines: usize,
     /// The bag of unit 0 (its id where nothing is pooled).
     pub(crate) first: usize,
     pub(crate) slot: Slot<'a>,
@@ -206,11 +210,12 @@ impl<'a> Lookup<'a> {
         level: Level,
         rows: R,
         ids: &[I],
-        Place { bags, feature, first, slot }: Place,
+        Place { bags, feature, row_lines, first, slot }: Place,
         units: Range<usize>,
     ) {
         let Feature { table, pooling, padding } = self.set.features[feature];
         let kernel = Pool {
+            ahead: ahead(row_lines),
             rows,
             ids,
             bags,

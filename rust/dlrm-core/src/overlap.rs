@@ -204,10 +204,10 @@ impl TableSet {
             };
             let sizes: Vec<_> = overlap.features.iter().enumerate().map(size).collect();
             pieces::for_each(ctx, &sizes, |feature, units| {
-                let table = tables[self.features[feature].table].rows.as_ref();
-                let slot = self.column(feature);
-                let whole = Place { bags, feature, first: bags.first_of(feature, true), slot };
-                with_rows!(table, |rows| match overlap.features[feature]
+                let table = &tables[self.features[feature].table];
+                let (row_lines, slot) = (table.row_lines(), self.column(feature));
+                let whole = Place { bags, feature, row_lines, first: bags.first_of(feature, true), slot };
+                with_rows!(table.rows.as_ref(), |rows| match overlap.features[feature]
                     .parted(part)
                     .zip(parted[feature].as_ref())
                 {

@@ -5,7 +5,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::cache::CachedRows;
-use crate::kernels::{LANES, Lanes, Simd, sum};
+use crate::kernels::{Kept, LANES, Lanes, Simd, Take, sum};
 use crate::scales::Scales;
 
 /// The rows of a table as a kernel reads them.
@@ -16,24 +16,26 @@ pub(crate) trait Rows: Copy + Send + Sync {
     /// The same rows, which are `vectors` vectors long: where that is a constant, it becomes part of the code.
     fn of_vectors(self, vectors: usize) -> Self;
 
-    /// `COUNT` vectors of `row`, from element `at` on: all inside the row when `WHOLE`; else one, cut at the row's end.
-    /// `at` is a multiple of [`LANES`].
-    fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
+    /// Hands `into` `COUNT` vectors of `row`, with their numbers, from element `at` on: all inside the row when `WHOLE`;
+    /// else one, cut at the row's end. `at` is a multiple of [`LANES`].
+    fn each<S: Simd, const COUNT: usize, const WHOLE: bool>(
         self,
         simd: S,
         row: usize,
         at: usize,
-    ) -> [S::V; COUNT];
+        into: &mut impl Take<S>,
+    );
 
     /// One vector of `row`, from element `at` on, as far as the row reaches; the other lanes are zero.
     #[inline(always)]
     fn load_at<S: Simd>(self, simd: S, row: usize, at: usize) -> S::V {
-        let [v] = if at + LANES <= self.dim() {
-            self.load::<S, 1, true>(simd, row, at)
+        let mut loaded = Kept(simd.splat(0.0));
+        if at + LANES <= self.dim() {
+            self.each::<S, 1, true>(simd, row, at, &mut loaded);
         } else {
-            self.load::<S, 1, false>(simd, row, at)
-        };
-        v
+            self.each::<S, 1, false>(simd, row, at, &mut loaded);
+        }
+        loaded.0
     }
 
     /// Starts to bring all of `row` near, which is `COUNT` vectors, or of any length where that is 0; `row` may be any
@@ -49,6 +51,19 @@ pub(crate) trait Rows: Copy + Send + Sync {
             simd.store_at(out, at, elements);
             at += LANES;
         }
+    }
+}
+
+/// Hands over the `COUNT` vectors of `row` from element `at` on, or one that is cut at its end.
+#[inline(always)]
+fn each_fp32<S: Simd, const COUNT: usize, const WHOLE: bool>(
+    simd: S,
+    row: &[f32],
+    at: usize,
+    into: &mut impl Take<S>,
+) {
+    for (i, v) in sum::load::<S, COUNT, WHOLE>(simd, row, at).into_iter().enumerate() {
+        into.take(simd, i, v);
     }
 }
 
@@ -85,13 +100,14 @@ impl Rows for Fp32Rows<'_> {
     }
 
     #[inline(always)]
-    fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
+    fn each<S: Simd, const COUNT: usize, const WHOLE: bool>(
         self,
         simd: S,
         row: usize,
         at: usize,
-    ) -> [S::V; COUNT] {
-        sum::load::<S, COUNT, WHOLE>(simd, &self.data[row * self.dim..][..self.dim], at)
+        into: &mut impl Take<S>,
+    ) {
+        each_fp32::<S, COUNT, WHOLE>(simd, &self.data[row * self.dim..][..self.dim], at, into);
     }
 
     #[inline(always)]
@@ -117,19 +133,19 @@ pub(crate) trait Packing: Copy + Send + Sync {
     /// The numbers of a group.
     fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V;
 
-    /// `scale * number + bias` of each number of `COUNT` groups, rounded after the product and after the sum.
+    /// Hands over `scale * number + bias` of each number of `COUNT` groups, rounded after the product and after the sum.
     #[inline(always)]
-    fn load_scaled<S: Simd, const COUNT: usize>(
+    fn each_scaled<S: Simd, const COUNT: usize>(
         self,
         simd: S,
         groups: &[Self::Group; COUNT],
         [scale, bias]: [S::V; 2],
-    ) -> [S::V; COUNT] {
-        let mut loaded = [bias; COUNT];
-        for i in 0..COUNT {
-            loaded[i] = simd.add(simd.mul(self.load(simd, &groups[i]), scale), bias);
+        into: &mut impl Take<S>,
+    ) {
+        for (i, group) in groups.iter().enumerate() {
+            into.take(simd, i, simd.add(simd.mul(self.load(simd, group), scale), bias));
+            simd.in_turn();
         }
-        loaded
     }
 
     /// Makes a group; of a quantized format's, the numbers are codes.
@@ -142,19 +158,20 @@ const fn group_len<P: Packing>() -> usize {
     size_of::<P::Group>() / size_of::<P::Unit>()
 }
 
-/// `COUNT` groups of `row`, from element `at` on; one that is cut at the row's end is filled with zeros.
+/// `COUNT` groups of `row`, from element `at` on.
 #[inline(always)]
-fn groups<P: Packing, const COUNT: usize, const WHOLE: bool>(
-    row: &[P::Unit],
-    at: usize,
-) -> [P::Group; COUNT] {
-    let len = group_len::<P>();
-    let rest = &row[at / LANES * len..];
-    let mut groups = [P::Group::zeroed(); COUNT];
-    let into: &mut [P::Unit] = bytemuck::cast_slice_mut(&mut groups);
-    let whole = if WHOLE { into.len() } else { rest.len() };
-    into[..whole].copy_from_slice(&rest[..whole]);
-    groups
+fn groups<P: Packing, const COUNT: usize>(row: &[P::Unit], at: usize) -> &[P::Group; COUNT] {
+    let units = &row[at / LANES * group_len::<P>()..][..COUNT * group_len::<P>()];
+    bytemuck::cast_slice(units).first_chunk().expect("so many units")
+}
+
+/// The group of `row` from element `at` on that is cut at the row's end, filled with zeros.
+#[inline(always)]
+fn cut_group<P: Packing>(row: &[P::Unit], at: usize) -> P::Group {
+    let rest = &row[at / LANES * group_len::<P>()..];
+    let mut group = P::Group::zeroed();
+    bytemuck::cast_slice_mut(std::slice::from_mut(&mut group))[..rest.len()].copy_from_slice(rest);
+    group
 }
 
 /// Packs a row; what its last unit has room for beyond the row's end is zero.
@@ -258,23 +275,22 @@ impl Packing for Int4<'_> {
 
     #[inline(always)]
     fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
-        simd.load_int4(group, simd.load(self.0))
+        let mut chosen = Kept(simd.splat(0.0));
+        simd.each_int4(std::array::from_ref(group), simd.load(self.0), &mut chosen);
+        chosen.0
     }
 
     /// A row has but 16 different elements: they are made first, and then chosen from.
     #[inline(always)]
-    fn load_scaled<S: Simd, const COUNT: usize>(
+    fn each_scaled<S: Simd, const COUNT: usize>(
         self,
         simd: S,
         groups: &[Self::Group; COUNT],
         [scale, bias]: [S::V; 2],
-    ) -> [S::V; COUNT] {
+        into: &mut impl Take<S>,
+    ) {
         let elements = simd.add(simd.mul(simd.load(self.0), scale), bias);
-        let mut loaded = [bias; COUNT];
-        for i in 0..COUNT {
-            loaded[i] = simd.load_int4(&groups[i], elements);
-        }
-        loaded
+        simd.each_int4(groups, elements, into);
     }
 
     #[inline(always)]
@@ -303,18 +319,22 @@ impl<P: Packing<Unit = u16>> Rows for HalfRows<'_, P> {
     }
 
     #[inline(always)]
-    fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
+    fn each<S: Simd, const COUNT: usize, const WHOLE: bool>(
         self,
         simd: S,
         row: usize,
         at: usize,
-    ) -> [S::V; COUNT] {
-        let groups = groups::<P, COUNT, WHOLE>(&self.data[row * self.dim..][..self.dim], at);
-        let mut loaded = [simd.splat(0.0); COUNT];
-        for i in 0..COUNT {
-            loaded[i] = self.packing.load(simd, &groups[i]);
+        into: &mut impl Take<S>,
+    ) {
+        let row = &self.data[row * self.dim..][..self.dim];
+        if !WHOLE {
+            return into.take(simd, 0, self.packing.load(simd, &cut_group::<P>(row, at)));
         }
-        loaded
+        let groups: &[_; COUNT] = groups::<P, COUNT>(row, at);
+        for (i, group) in groups.iter().enumerate() {
+            into.take(simd, i, self.packing.load(simd, group));
+            simd.in_turn();
+        }
     }
 
     #[inline(always)]
@@ -357,24 +377,27 @@ impl<P: Packing<Unit = u8>> Rows for QuantizedRows<'_, P> {
     }
 
     #[inline(always)]
-    fn load<S: Simd, const COUNT: usize, const WHOLE: bool>(
+    fn each<S: Simd, const COUNT: usize, const WHOLE: bool>(
         self,
         simd: S,
         row: usize,
         at: usize,
-    ) -> [S::V; COUNT] {
+        into: &mut impl Take<S>,
+    ) {
         let [scale, bias] = self.scales.get(row);
         if scale.is_nan()
             && let Some(cached) = self.cache.get(row, self.scales, self.dim)
         {
-            return sum::load::<S, COUNT, WHOLE>(simd, cached, at);
+            return each_fp32::<S, COUNT, WHOLE>(simd, cached, at, into);
         }
-        let groups = groups::<P, COUNT, WHOLE>(&self.codes[row * self.row_bytes..][..self.row_bytes], at);
-        let mut loaded = self.packing.load_scaled(simd, &groups, [simd.splat(scale), simd.splat(bias)]);
-        if !WHOLE {
-            loaded = [simd.first(loaded[0], self.dim - at); COUNT];
+        let codes = &self.codes[row * self.row_bytes..][..self.row_bytes];
+        let affine = [simd.splat(scale), simd.splat(bias)];
+        if WHOLE {
+            return self.packing.each_scaled(simd, groups::<P, COUNT>(codes, at), affine, into);
         }
-        loaded
+        let mut loaded = Kept(affine[0]);
+        self.packing.each_scaled(simd, &[cut_group::<P>(codes, at)], affine, &mut loaded);
+        into.take(simd, 0, simd.first(loaded.0, self.dim - at));
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::avx512::Avx512;
-use super::{Kernel, LANES, Lanes, Simd};
+use super::{Kernel, LANES, Lanes, Simd, Take};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(());
@@ -57,12 +57,65 @@ impl Avx2 {
         })
     }
 
-    /// `of[code]` of 8 codes of 4 bits.
+    /// `of[code]` of 16 codes of 4 bits.
     #[inline(always)]
-    fn look_up(self, codes: i32, of: Pair) -> __m256 {
+    fn look_up(self, codes: [u8; LANES / 2], of: Pair) -> Pair {
         have!({
+            let all = _mm256_set1_epi64x(i64::from_le_bytes(codes));
             let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-            self.at_places(_mm256_srlv_epi32(_mm256_set1_epi32(codes), shifts), of)
+            let low = _mm256_srlv_epi32(_mm256_shuffle_epi32::<0x00>(all), shifts);
+            let high = _mm256_srlv_epi32(_mm256_shuffle_epi32::<0x55>(all), shifts);
+            [self.at_places(low, of), self.at_places(high, of)]
+        })
+    }
+
+    /// The first bytes of all 16 lanes of `of`, their second ones, third and fourth; in both halves of a register.
+    #[inline(always)]
+    fn planes(self, of: Pair) -> [__m256i; 4] {
+        have!({
+            // Of each 4 lanes the first bytes, the second, the third, the fourth.
+            let by_byte = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+            ));
+            let low = _mm256_shuffle_epi8(_mm256_castps_si256(of[0]), by_byte);
+            let high = _mm256_shuffle_epi8(_mm256_castps_si256(of[1]), by_byte);
+            let [first, second] = [_mm256_unpacklo_epi32(low, high), _mm256_unpackhi_epi32(low, high)];
+            let even = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
+            let odd = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
+            [
+                _mm256_permutevar8x32_epi32(first, even),
+                _mm256_permutevar8x32_epi32(first, odd),
+                _mm256_permutevar8x32_epi32(second, even),
+                _mm256_permutevar8x32_epi32(second, odd),
+            ]
+        })
+    }
+
+    /// What 32 codes of 4 bits stand for, of which these are the [`planes`](Self::planes): byte by byte, which are then
+    /// put together.
+    #[inline(always)]
+    fn look_up_bytes(self, codes: &[[u8; LANES / 2]; 2], planes: [__m256i; 4]) -> [Pair; 2] {
+        have!({
+            // The bytes of the codes 0 to 3, 8 to 11, 16 to 19 and 24 to 27 in one half, of the others in the other half: in
+            // such an order they come out of the unpacking below as they are wanted.
+            let order = _mm256_setr_epi8(
+                0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11,
+                14, 14, 15, 15,
+            );
+            let all = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.as_ptr().cast()));
+            let twice = _mm256_shuffle_epi8(all, order);
+            let even = _mm256_and_si256(twice, _mm256_set1_epi16(0x000F));
+            let odd = _mm256_and_si256(_mm256_srli_epi16::<4>(twice), _mm256_set1_epi16(0x0F00));
+            let codes = _mm256_or_si256(even, odd);
+            let [a, b, c, d] = planes.map(|plane| _mm256_shuffle_epi8(plane, codes));
+            let [low, high] = [_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)];
+            let [low_end, high_end] = [_mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d)];
+            [
+                [_mm256_unpacklo_epi16(low, low_end), _mm256_unpackhi_epi16(low, low_end)]
+                    .map(|v| _mm256_castsi256_ps(v)),
+                [_mm256_unpacklo_epi16(high, high_end), _mm256_unpackhi_epi16(high, high_end)]
+                    .map(|v| _mm256_castsi256_ps(v)),
+            ]
         })
     }
 
@@ -192,7 +245,7 @@ impl Avx2 {
 impl Simd for Avx2 {
     type V = Pair;
     type M = Pair;
-    const BLOCK: usize = 4;
+    const BLOCK: usize = 8;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Pair {
@@ -287,9 +340,29 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn load_int4(self, from: &[u8; LANES / 2], of: Pair) -> Pair {
-        let codes = i64::from_le_bytes(*from);
-        [self.look_up(codes as i32, of), self.look_up((codes >> 32) as i32, of)]
+    fn each_int4<const COUNT: usize>(
+        self,
+        from: &[[u8; LANES / 2]; COUNT],
+        of: Pair,
+        into: &mut impl Take<Self>,
+    ) {
+        // Planes pay from there on.
+        const MANY: usize = 4;
+        if COUNT < MANY {
+            for (i, codes) in from.iter().enumerate() {
+                into.take(self, i, self.look_up(*codes, of));
+                self.in_turn();
+            }
+            return;
+        }
+        let (pairs, _) = from.as_chunks();
+        let planes = self.planes(of);
+        for (i, pair) in pairs.iter().enumerate() {
+            let [first, second] = self.look_up_bytes(pair, planes);
+            into.take(self, 2 * i, first);
+            into.take(self, 2 * i + 1, second);
+            self.in_turn();
+        }
     }
 
     #[inline(always)]
@@ -388,6 +461,14 @@ impl Simd for Avx2 {
             _mm_storeu_ps(highests.as_mut_ptr(), all);
         });
         highests
+    }
+
+    #[inline(always)]
+    fn in_turn(self) {
+        // Left to itself, the compiler multiplies all of a row before it adds, and puts products and sums on the stack.
+        // It moves no load across this.
+        // SAFETY: it is no instruction.
+        unsafe { std::arch::asm!("", options(nostack, preserves_flags)) }
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::avx2::Avx2;
-use super::{Kernel, LANES, Lanes, Simd};
+use super::{Kernel, LANES, Lanes, Simd, Take};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(());
@@ -40,6 +40,20 @@ impl Avx512 {
         have!({
             let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v));
             [_mm512_castps512_ps256(v), _mm256_castpd_ps(high)]
+        })
+    }
+
+    /// `of[code]` of 16 codes of 4 bits.
+    #[inline(always)]
+    fn look_up(self, codes: i64, of: __m512) -> __m512 {
+        have!({
+            // Each lane gets the 8 codes that its own is among, and shifts its own down; of the index of a lane only the
+            // low 4 bits count.
+            let eights = _mm512_set1_epi64(codes);
+            let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+            let codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, eights), shifts);
+            _mm512_permutexvar_ps(codes, of)
         })
     }
 }
@@ -145,16 +159,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn load_int4(self, from: &[u8; LANES / 2], of: __m512) -> __m512 {
-        have!({
-            // Each lane gets the 8 codes that its own is among, and shifts its own down; of the index of a lane only the
-            // low 4 bits count.
-            let eights = _mm512_set1_epi64(i64::from_le_bytes(*from));
-            let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-            let codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, eights), shifts);
-            _mm512_permutexvar_ps(codes, of)
-        })
+    fn each_int4<const COUNT: usize>(
+        self,
+        from: &[[u8; LANES / 2]; COUNT],
+        of: __m512,
+        into: &mut impl Take<Self>,
+    ) {
+        for (i, codes) in from.iter().enumerate() {
+            into.take(self, i, self.look_up(i64::from_le_bytes(*codes), of));
+        }
     }
 
     #[inline(always)]

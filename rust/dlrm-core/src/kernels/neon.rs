@@ -6,7 +6,7 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 
 use super::scalar::Scalar;
-use super::{Kernel, LANES, Lanes, Simd};
+use super::{Kept, Kernel, LANES, Lanes, Simd, Take};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Neon(());
@@ -133,8 +133,17 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn load_int4(self, from: &[u8; LANES / 2], of: Self::V) -> Self::V {
-        self.load(&Scalar.load_int4(from, self.lanes(of)))
+    fn each_int4<const COUNT: usize>(
+        self,
+        from: &[[u8; LANES / 2]; COUNT],
+        of: Self::V,
+        into: &mut impl Take<Self>,
+    ) {
+        for (k, codes) in from.iter().enumerate() {
+            let mut chosen = Kept([0.0; LANES]);
+            Scalar.each_int4(std::array::from_ref(codes), self.lanes(of), &mut chosen);
+            into.take(self, k, self.load(&chosen.0));
+        }
     }
 
     #[inline(always)]

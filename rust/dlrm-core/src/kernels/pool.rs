@@ -14,15 +14,18 @@ use std::ops::Range;
 use smallvec::SmallVec;
 
 use super::sum::{Terms, block, sum};
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Simd, Take};
 use crate::bags::{Bags, Id};
 use crate::disjoint::Disjoint;
 use crate::lookup::{Outputs, Pooling};
 use crate::rows::{Bf16, Fp16, Rows, pack};
 use crate::table_set::Slot;
 
-/// Rows that are prefetched ahead of the one that is read.
-pub(crate) const AHEAD: usize = 64;
+/// How many rows, of so many cache lines each, are prefetched ahead of the one that is read. As measured: 64 of one line, 16
+/// of two, 8 of four and of eight (`benches/record/2026-11-30-avx2.md`).
+pub(crate) fn ahead(row_lines: usize) -> usize {
+    (64 / (row_lines * row_lines)).max(8)
+}
 
 /// Bags whose bounds are looked up at once.
 const GROUP: usize = 64;
@@ -39,6 +42,8 @@ pub(crate) struct Pool<'a, R, I> {
     /// The bag of unit 0 (its id where nothing is pooled).
     pub(crate) first: usize,
     pub(crate) units: Range<usize>,
+    /// How many rows are prefetched ahead: see [`ahead`].
+    pub(crate) ahead: usize,
     pub(crate) slot: Slot<'a>,
     pub(crate) out: &'a Outputs<'a>,
     pub(crate) argmax: Option<&'a Disjoint<'a, f32>>,
@@ -138,7 +143,7 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
         self.start(simd, self.first + self.units.start, end);
         for unit in self.units.clone() {
             let position = self.first + unit;
-            self.prefetch(simd, position + AHEAD, end);
+            self.prefetch(simd, position + self.ahead, end);
             let id = self.ids[position].row() as usize;
             if let Outputs::Fp32(out) = self.out {
                 self.rows.copy(simd, id, self.output(out, unit));
@@ -178,7 +183,7 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
     /// Starts to bring the first rows near.
     #[inline(always)]
     fn start<S: Simd>(&self, simd: S, from: usize, end: usize) {
-        for position in from..end.min(from + AHEAD) {
+        for position in from..end.min(from + self.ahead) {
             self.prefetch(simd, position, end);
         }
     }
@@ -215,7 +220,7 @@ impl Mode for Max {
             for position in bag.clone() {
                 let id = of.ids[position].row();
                 if at == 0 {
-                    of.prefetch(simd, position + AHEAD, end);
+                    of.prefetch(simd, position + of.ahead, end);
                 }
                 if id == of.padding {
                     continue;
@@ -295,27 +300,19 @@ impl<Q: Rows, R: Rows, I: Id, const OF: usize, const WEIGHTED: bool> Terms
         sum: &mut [S::V; COUNT],
     ) {
         let pool = self.pool;
-        if at == 0 && position + AHEAD < self.end {
-            self.rows.prefetch::<S, OF>(simd, pool.ids[position + AHEAD].row());
+        let next = position + pool.ahead;
+        if at == 0 && next < self.end {
+            self.rows.prefetch::<S, OF>(simd, pool.ids[next].row());
         }
         let id = pool.ids[position].row();
         if id == pool.padding {
             return;
         }
-        let row = self.rows.load::<S, COUNT, WHOLE>(simd, id as usize, at);
-        match pool.bags.weights {
-            Some(weights) if WEIGHTED => {
-                let weight = simd.splat(weights[position]);
-                for i in 0..COUNT {
-                    sum[i] = simd.add(sum[i], simd.mul(row[i], weight));
-                }
-            }
-            _ => {
-                for i in 0..COUNT {
-                    sum[i] = simd.add(sum[i], row[i]);
-                }
-            }
-        }
+        let weight = match pool.bags.weights {
+            Some(weights) if WEIGHTED => Some(simd.splat(weights[position])),
+            _ => None,
+        };
+        self.rows.each::<S, COUNT, WHOLE>(simd, id as usize, at, &mut Onto { sum, weight });
     }
 
     #[inline(always)]
@@ -324,6 +321,23 @@ impl<Q: Rows, R: Rows, I: Id, const OF: usize, const WEIGHTED: bool> Terms
             Some(divisor) => simd.div(sum, simd.splat(divisor)),
             None => sum,
         }
+    }
+}
+
+/// What rows are added to, each times a weight if there is one.
+struct Onto<'a, V, const COUNT: usize> {
+    sum: &'a mut [V; COUNT],
+    weight: Option<V>,
+}
+
+impl<S: Simd, const COUNT: usize> Take<S> for Onto<'_, S::V, COUNT> {
+    #[inline(always)]
+    fn take(&mut self, simd: S, i: usize, v: S::V) {
+        let term = match self.weight {
+            Some(weight) => simd.mul(v, weight),
+            None => v,
+        };
+        self.sum[i] = simd.add(self.sum[i], term);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{LANES, Lanes, Simd};
+use super::{LANES, Lanes, Simd, Take};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
@@ -96,8 +96,15 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn load_int4(self, from: &[u8; LANES / 2], of: Lanes) -> Lanes {
-        lanes(|i| of[usize::from(from[i / 2] >> (i % 2 * 4) & 15)])
+    fn each_int4<const COUNT: usize>(
+        self,
+        from: &[[u8; LANES / 2]; COUNT],
+        of: Lanes,
+        into: &mut impl Take<Self>,
+    ) {
+        for (k, codes) in from.iter().enumerate() {
+            into.take(self, k, lanes(|i| of[usize::from(codes[i / 2] >> (i % 2 * 4) & 15)]));
+        }
     }
 
     #[inline(always)]

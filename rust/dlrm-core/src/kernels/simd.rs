@@ -16,6 +16,22 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
+/// What becomes of vectors that are handed over one by one. No closure: the compiler does not inline each of those.
+pub(crate) trait Take<S: Simd> {
+    /// Takes vector number `i`.
+    fn take(&mut self, simd: S, i: usize, v: S::V);
+}
+
+/// The last vector that was handed over.
+pub(crate) struct Kept<V>(pub(crate) V);
+
+impl<S: Simd> Take<S> for Kept<S::V> {
+    #[inline(always)]
+    fn take(&mut self, _simd: S, _i: usize, v: S::V) {
+        self.0 = v;
+    }
+}
+
 /// The operations of one level; a value of the type is the proof that the CPU has it.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "what is loaded is in memory, however small")]
 pub(crate) trait Simd: Copy {
@@ -42,6 +58,9 @@ pub(crate) trait Simd: Copy {
     fn same_bits(self, a: Self::V, b: Self::V) -> Self::M;
     /// `a` where `m`, else `b`.
     fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V;
+    /// Between two vectors of a row: where registers are few, this keeps the compiler from working on both at once.
+    #[inline(always)]
+    fn in_turn(self) {}
     /// Starts to bring the cache line at `at` near; `at` may be any address.
     fn prefetch(self, at: *const u8);
 
@@ -51,8 +70,14 @@ pub(crate) trait Simd: Copy {
     fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
     /// Codes of 8 bits, as numbers.
     fn load_int8(self, from: &[u8; LANES]) -> Self::V;
-    /// For codes of 4 bits, the low ones of a byte first, the lane of `of` that each is the number of.
-    fn load_int4(self, from: &[u8; LANES / 2], of: Self::V) -> Self::V;
+    /// Hands over, for each of `COUNT` groups of codes of 4 bits, the low ones of a byte first, the lanes of `of` that they are
+    /// the numbers of.
+    fn each_int4<const COUNT: usize>(
+        self,
+        from: &[[u8; LANES / 2]; COUNT],
+        of: Self::V,
+        into: &mut impl Take<Self>,
+    );
     /// Codes of 2 bits, the low ones of a byte first, as numbers.
     fn load_int2(self, from: &[u8; LANES / 4]) -> Self::V;
     /// As half precision, to the nearest, ties to even; too large a number becomes infinite.

@@ -7,7 +7,7 @@
 //! ```
 //! The time of this is the time of the memory: no lookup of the same rows in the same order can take less.
 
-use super::pool::AHEAD;
+use super::pool::ahead;
 use super::{Kernel, Simd};
 use crate::bags::Id;
 
@@ -62,10 +62,11 @@ impl<I: Id> Touch<'_, I> {
                 simd.prefetch(self.scales.as_ptr().wrapping_add(self.scale_line(row)).cast());
             }
         };
-        self.ids.iter().take(AHEAD).for_each(prefetch);
+        let ahead = ahead(self.row_bytes.div_ceil(LINE));
+        self.ids.iter().take(ahead).for_each(prefetch);
         let mut sum = 0;
         for (position, id) in self.ids.iter().enumerate() {
-            if let Some(next) = self.ids.get(position + AHEAD) {
+            if let Some(next) = self.ids.get(position + ahead) {
                 prefetch(next);
             }
             let row = id.row() as usize;
