@@ -40,41 +40,48 @@ impl Moments {
     /// Moves both moments of a row, and turns its gradient into the direction.
     #[inline(always)]
     pub(super) fn direct<S: Simd>(&self, simd: S, row: &mut Row) {
-        let Row { state: [_, v], gradient, .. } = row;
-        let (beta, rest) = (simd.splat(self.betas[1]), simd.splat(self.rests[1]));
+        let Row { state: [m, v], gradient, .. } = row;
+        let [of_first, of_second] = self.moves(simd);
+        let (first, second, eps) = (simd.splat(self.first), simd.splat(self.second), simd.splat(self.eps));
         let mut at = 0;
         while at < gradient.len() {
             let g = simd.load_at(gradient, at);
-            let moved = simd.add(simd.mul(beta, simd.load_at(v, at)), simd.mul(rest, simd.mul(g, g)));
-            simd.store_at(v, at, moved);
+            let moved_v = moved(simd, of_second, simd.load_at(v, at), simd.mul(g, g));
+            let moved_m = moved(simd, of_first, simd.load_at(m, at), g);
+            simd.store_at(v, at, moved_v);
+            simd.store_at(m, at, moved_m);
+            let divisor = simd.add(simd.mul(simd.sqrt(moved_v), second), eps);
+            simd.store_at(gradient, at, simd.div(simd.mul(moved_m, first), divisor));
             at += LANES;
         }
-        let (second, eps) = (simd.splat(self.second), simd.splat(self.eps));
-        self.direct_by(simd, row, |v, at| simd.add(simd.mul(simd.sqrt(simd.load_at(v, at)), second), eps));
     }
 
     /// The same with one second moment for the row.
     #[inline(always)]
     pub(super) fn direct_row_wise<S: Simd>(&self, simd: S, row: &mut Row) {
-        let Row { state: [_, v], gradient, .. } = row;
-        v[0] = self.betas[1] * v[0] + self.rests[1] * mean_square(simd, gradient);
-        let divisor = simd.splat(v[0].sqrt() * self.second + self.eps);
-        self.direct_by(simd, row, |_, _| divisor);
-    }
-
-    /// Moves the first moment, and divides it by what `divisor` makes of the second.
-    #[inline(always)]
-    fn direct_by<S: Simd>(&self, simd: S, row: &mut Row, divisor: impl Fn(&[f32], usize) -> S::V) {
         let Row { state: [m, v], gradient, .. } = row;
-        let (beta, rest) = (simd.splat(self.betas[0]), simd.splat(self.rests[0]));
-        let first = simd.splat(self.first);
+        v[0] = self.betas[1] * v[0] + self.rests[1] * mean_square(simd, gradient);
+        let [of_first, _] = self.moves(simd);
+        let (first, divisor) = (simd.splat(self.first), simd.splat(v[0].sqrt() * self.second + self.eps));
         let mut at = 0;
         while at < gradient.len() {
-            let g = simd.load_at(gradient, at);
-            let moved = simd.add(simd.mul(beta, simd.load_at(m, at)), simd.mul(rest, g));
-            simd.store_at(m, at, moved);
-            simd.store_at(gradient, at, simd.div(simd.mul(moved, first), divisor(v, at)));
+            let moved_m = moved(simd, of_first, simd.load_at(m, at), simd.load_at(gradient, at));
+            simd.store_at(m, at, moved_m);
+            simd.store_at(gradient, at, simd.div(simd.mul(moved_m, first), divisor));
             at += LANES;
         }
     }
+
+    /// `beta` and `1 - beta` of each moment.
+    #[inline(always)]
+    fn moves<S: Simd>(&self, simd: S) -> [[S::V; 2]; 2] {
+        let Self { betas, rests, .. } = self;
+        [[simd.splat(betas[0]), simd.splat(rests[0])], [simd.splat(betas[1]), simd.splat(rests[1])]]
+    }
+}
+
+/// `beta * moment + (1 - beta) * x`
+#[inline(always)]
+fn moved<S: Simd>(simd: S, [beta, rest]: [S::V; 2], moment: S::V, x: S::V) -> S::V {
+    simd.add(simd.mul(beta, moment), simd.mul(rest, x))
 }
