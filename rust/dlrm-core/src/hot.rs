@@ -43,12 +43,21 @@ impl HotRows<'static> {
 }
 
 impl<'a> HotRows<'a> {
+    /// Whether there are any.
+    #[inline(always)]
+    pub(crate) fn any(self) -> bool {
+        !self.rows.is_empty()
+    }
+
+    /// Whether the row is one.
+    #[inline(always)]
+    pub(crate) fn has(self, row: usize) -> bool {
+        self.any() && self.blocks(row).is_some()
+    }
+
     /// The sums of the row's blocks in their order, one after another, if it is hot.
     #[inline(always)]
     pub(crate) fn blocks(self, row: usize) -> Option<&'a [f32]> {
-        if self.rows.is_empty() {
-            return None;
-        }
         let found = self.rows.binary_search_by_key(&row, |hot| hot.row).ok()?;
         Some(&self.sums[self.rows[found].sums.clone()])
     }

@@ -176,11 +176,12 @@ impl<'a> Run<'a> {
     pub(crate) fn row_end(self, k: usize) -> usize {
         /// A row that has more may have most of the occurrences: then a search and not a walk.
         const WALK: usize = 32;
-        let row = self.row(k);
+        let last_place = (1 << self.place_bits) - 1;
+        let last = self.sorted[k] | last_place;
         let mut end = k + 1;
-        while end < self.len() && self.row(end) == row {
+        while end < self.len() && self.sorted[end] <= last {
             if end - k == WALK {
-                return end + self.sorted[end..].partition_point(|&o| (o >> self.place_bits) as usize == row);
+                return end + up_to(last, &self.sorted[end..]);
             }
             end += 1;
         }
@@ -203,6 +204,12 @@ impl<'a> Run<'a> {
         rows.dedup();
         rows
     }
+}
+
+/// How many of `sorted`, which ascend, are not above `last`.
+#[inline(never)]
+fn up_to(last: u64, sorted: &[u64]) -> usize {
+    sorted.partition_point(|&occurrence| occurrence <= last)
 }
 
 /// Bits of the numbers below `n`, at least 1.

@@ -74,30 +74,44 @@ impl Reduce<'_> {
         }
         let mut begin = self.begin;
         let mut count = 0;
-        for (row, gradient) in self.rows.iter_mut().zip(self.into.chunks_exact_mut(gradients.dim)) {
+        for gradient in self.into.chunks_exact_mut(gradients.dim) {
             if begin == run.len() {
                 break;
             }
-            *row = run.row(begin);
             let end = run.row_end(begin);
-            if self.needed {
-                match hot.blocks(*row) {
-                    Some(blocks) => add_up(simd, blocks, gradient),
-                    None => gradients.sum(simd, begin..end, gradient),
-                }
-                if by_frequency && end - begin > 1 {
-                    let count = simd.splat((end - begin) as f32);
-                    map(simd, gradient, |g| simd.div(g, count));
-                }
-                if factor.to_bits() != 1.0_f32.to_bits() {
-                    let factor = simd.splat(factor);
-                    map(simd, gradient, |g| simd.mul(g, factor));
-                }
+            self.rows[count] = run.row(begin);
+            if self.needed && !hot.has(self.rows[count]) {
+                gradients.sum(simd, begin..end, gradient);
             }
             begin = end;
             count += 1;
         }
+        if self.needed && (by_frequency || factor.to_bits() != 1.0_f32.to_bits() || hot.any()) {
+            self.finish(simd, count);
+        }
         (count, begin)
+    }
+
+    /// What most rows need not: apart from the loop above, which is shorter without it.
+    #[inline(always)]
+    fn finish<S: Simd>(self, simd: S, count: usize) {
+        let Touched { run, target, by_frequency, factor, hot, .. } = *self.touched;
+        let mut begin = self.begin;
+        for (&row, gradient) in self.rows[..count].iter().zip(self.into.chunks_exact_mut(target.dim)) {
+            if let Some(blocks) = hot.blocks(row) {
+                add_up(simd, blocks, gradient);
+            }
+            let end = run.row_end(begin);
+            if by_frequency && end - begin > 1 {
+                let count = simd.splat((end - begin) as f32);
+                map(simd, gradient, |g| simd.div(g, count));
+            }
+            if factor.to_bits() != 1.0_f32.to_bits() {
+                let factor = simd.splat(factor);
+                map(simd, gradient, |g| simd.mul(g, factor));
+            }
+            begin = end;
+        }
     }
 }
 
@@ -157,16 +171,22 @@ impl<'a, const VECTORS: usize, const SCALED: bool, const MASKED: bool>
     /// The sum of some occurrences of one row, block by block.
     #[inline(always)]
     fn sum<S: Simd>(&self, simd: S, occurrences: Range<usize>, into: &mut [f32]) {
-        let mut at = occurrences.start;
-        while at < occurrences.end {
-            let next = occurrences.end.min(at + BLOCK);
-            let terms = Self { onto: at > occurrences.start, ..*self };
-            if VECTORS > 0 {
-                block::<S, _, VECTORS, true>(simd, &terms, at..next, 0, into);
-            } else {
-                sum(simd, &terms, at..next, into);
-            }
-            at = next;
+        let Range { start, end } = occurrences;
+        self.add_block(simd, start..end.min(start + BLOCK), into);
+        let onto = Self { onto: true, ..*self };
+        let mut at = start + BLOCK;
+        while at < end {
+            onto.add_block(simd, at..end.min(at + BLOCK), into);
+            at += BLOCK;
+        }
+    }
+
+    #[inline(always)]
+    fn add_block<S: Simd>(&self, simd: S, occurrences: Range<usize>, into: &mut [f32]) {
+        if VECTORS > 0 {
+            block::<S, _, VECTORS, true>(simd, self, occurrences, 0, into);
+        } else {
+            sum(simd, self, occurrences, into);
         }
     }
 

@@ -15,10 +15,14 @@ use std::mem;
 use super::reduce::Reduce;
 use super::{Kernel, LANES, Simd};
 use crate::Level;
+use crate::disjoint::Disjoint;
 use crate::hot::HotRows;
 use crate::occurrences::Run;
 use crate::sources::Sources;
 use crate::weights::Weights;
+
+/// Bytes of a cache line, and of a vector.
+const LINE: usize = 64;
 
 /// Rows that are reduced before the rule is applied to them: few, so that they are in the nearest cache still.
 pub(crate) const ROWS: usize = 16;
@@ -66,7 +70,7 @@ impl Stream {
     pub(crate) const NONE: Self = Self { start: std::ptr::null(), row_bytes: 0 };
 }
 
-/// The streams of the weights, then of the state.
+/// The streams of the weights and of the state, those that there are first.
 type Streams = [Stream; 2 + PARTS];
 
 impl Target<'_> {
@@ -77,16 +81,25 @@ impl Target<'_> {
         }
         let [first, second] = self.weights.streams(self.dim);
         let state = |part: usize| self.state[part].streams(self.state_len[part])[0];
-        [first, second, state(0), state(1)]
+        let mut streams = [Stream::NONE; 2 + PARTS];
+        let there = [first, second, state(0), state(1)].into_iter().filter(|stream| stream.row_bytes > 0);
+        streams.iter_mut().zip(there).for_each(|(stream, there)| *stream = there);
+        streams
     }
 }
 
-/// Starts to bring near what a rule will change of a row.
+/// Starts to bring near what a rule will change of a row, most of which is `VECTORS` vectors long, or of any length if 0.
 #[inline(always)]
-fn prefetch<S: Simd>(simd: S, streams: &Streams, row: usize) {
+fn prefetch<S: Simd, const VECTORS: usize>(simd: S, streams: &Streams, row: usize) {
     for &Stream { start, row_bytes } in streams {
-        if row_bytes > 0 {
-            simd.prefetch_bytes(start.wrapping_add(row.wrapping_mul(row_bytes)), row_bytes);
+        if row_bytes == 0 {
+            break;
+        }
+        let at = start.wrapping_add(row.wrapping_mul(row_bytes));
+        if row_bytes == VECTORS * LINE {
+            (0..VECTORS).for_each(|line| simd.prefetch(at.wrapping_add(line * LINE)));
+        } else {
+            simd.prefetch_bytes(at, row_bytes);
         }
     }
 }
@@ -259,7 +272,7 @@ impl Kernel for Prefetch<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let streams = self.target.streams();
-        self.rows.iter().for_each(|&row| prefetch(simd, &streams, row));
+        self.rows.iter().for_each(|&row| prefetch::<S, 0>(simd, &streams, row));
     }
 }
 
@@ -300,30 +313,50 @@ impl<R: Rule> Apply<'_, R> {
         let Target { weights, state: [first, second], state_len, .. } = self.target;
         let dim = if VECTORS > 0 { VECTORS * LANES } else { self.target.dim };
         let [decoded_first, decoded_second] = self.decoded_state;
+        let decoded = [&mut **decoded_first, &mut **decoded_second, self.decoded].map(Disjoint::new);
+        let first = Places::new(first, &decoded[0], state_len[0]);
+        let second = Places::new(second, &decoded[1], state_len[1]);
+        let weights = Places::new(weights, &decoded[2], dim);
         let streams = self.target.streams();
         let gradients = self.gradients.chunks_exact_mut(dim);
         for (i, (&row, gradient)) in self.rows.iter().zip(gradients).enumerate() {
             if let Some(&next) = self.next.get(i) {
-                prefetch(simd, &streams, next);
+                prefetch::<S, VECTORS>(simd, &streams, next);
             }
-            let state = [
-                place(first, state_len[0], row, decoded_first, i),
-                place(second, state_len[1], row, decoded_second, i),
-            ];
-            let weights = place(weights, dim, row, self.decoded, i);
+            let state = [first.of(row, i), second.of(row, i)];
+            let weights = weights.of(row, i);
             self.rule.apply(simd, Row { weights, state, gradient });
         }
     }
 }
 
-/// Where the `len` elements of a row are changed: in place, or where it was decoded as the `i`th of some.
-#[inline(always)]
-#[expect(unsafe_code, reason = "rows are disjoint")]
-fn place<'a>(of: &'a Weights, len: usize, row: usize, decoded: &'a mut [f32], i: usize) -> &'a mut [f32] {
-    match of {
+/// Where the elements of rows are changed: in place, or where they have been decoded, one after another.
+struct Places<'a> {
+    memory: &'a Disjoint<'a, f32>,
+    in_place: bool,
+    len: usize,
+}
+
+impl<'a> Places<'a> {
+    /// Of rows of `len` elements.
+    #[inline(always)]
+    fn new(of: &'a Weights, decoded: &'a Disjoint<'a, f32>, len: usize) -> Self {
+        match of {
+            Weights::Fp32(memory) => Self { memory, in_place: true, len },
+            Weights::Half(_) | Weights::Codes(_) => Self { memory: decoded, in_place: false, len },
+        }
+    }
+
+    /// Those of a row, which was decoded as the `i`th.
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, unsafe_code, reason = "rows are disjoint")]
+    fn of(&self, row: usize, i: usize) -> &mut [f32] {
+        if self.len == 0 {
+            return &mut [];
+        }
+        let at = self.len * if self.in_place { row } else { i };
         // SAFETY: different rows do not overlap; a row is in one run, and there once, since its occurrences are together
-        // and `rows_in` never parts them.
-        Weights::Fp32(all) => unsafe { all.piece(row * len..(row + 1) * len) },
-        Weights::Half(_) | Weights::Codes(_) => &mut decoded[i * len..(i + 1) * len],
+        // and `rows_in` never parts them. What is decoded is this batch's alone.
+        unsafe { self.memory.piece(at..at + self.len) }
     }
 }

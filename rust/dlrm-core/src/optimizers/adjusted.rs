@@ -23,6 +23,8 @@ pub(super) struct Adjusted<R> {
 /// What goes before and after a rule.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Adjustment {
+    /// Whether there is anything to adjust at all: asked for every row, in place of four questions.
+    any: bool,
     clip_value: f32,
     l2: f32,
     decay: f32,
@@ -34,11 +36,13 @@ impl Adjustment {
     pub(super) fn new(values: &Hyperparameters, own_decay: bool) -> Self {
         let weight_decay = if own_decay { 0.0 } else { values.precise("weight_decay") };
         let decoupled = !own_decay && values.get("decoupled_weight_decay") > 0.0;
+        let (clip_value, max_norm) = (values.get("clip_value"), values.get("max_norm"));
         Self {
-            clip_value: values.get("clip_value"),
+            any: weight_decay > 0.0 || clip_value < f32::INFINITY || max_norm < f32::INFINITY,
+            clip_value,
             l2: if decoupled { 0.0 } else { weight_decay as f32 },
             decay: if decoupled { (1.0 - values.precise("lr") * weight_decay) as f32 } else { 1.0 },
-            max_norm: values.get("max_norm"),
+            max_norm,
         }
     }
 
@@ -79,6 +83,9 @@ impl Adjustment {
 impl<R: Rule> Rule for Adjusted<R> {
     #[inline(always)]
     fn apply<S: Simd>(&self, simd: S, row: Row) {
+        if !self.adjustment.any {
+            return self.rule.apply(simd, row);
+        }
         let Row { weights, state, gradient } = row;
         self.adjustment.before(simd, weights, gradient);
         self.rule.apply(simd, Row { weights: &mut *weights, state, gradient });
