@@ -47,14 +47,11 @@ impl Avx2 {
         have!(_mm256_loadu_si256(window.as_ptr().cast()))
     }
 
-    /// Codes of 8 bits, as numbers.
+    /// 8 codes of 8 bits, as numbers.
     #[inline(always)]
-    fn bytes(self, bytes: __m128i) -> Pair {
-        have!({
-            let low = _mm256_cvtepu8_epi32(bytes);
-            let high = _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes));
-            [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
-        })
+    fn int8_half(self, codes: &[u8]) -> __m256 {
+        let codes = &codes[..HALF];
+        have!(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.as_ptr().cast()))))
     }
 
     /// `of[code]` of 16 codes of 4 bits.
@@ -336,7 +333,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn load_int8(self, from: &[u8; LANES]) -> Pair {
-        self.bytes(have!(_mm_loadu_si128(from.as_ptr().cast())))
+        [self.int8_half(&from[..HALF]), self.int8_half(&from[HALF..])]
     }
 
     #[inline(always)]
