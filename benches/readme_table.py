@@ -67,7 +67,7 @@ def caption(record: Record, source: str) -> str:
     return (
         f"The best peer's time over that of dlrm_rs (above 1: dlrm_rs is faster), medians, {threads} threads{rows}; "
         f"both at their best use and environment, in turn in one process. `dlrm-rs bench`, "
-        f"{machine['time'][:10]}, {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['time'][:10]}, {machine['processor']} ({machine['simd']}), {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB; torch {machine['torch']}, "
         f"FBGEMM {fbgemm or 'not installed'}, commit {(machine['commit'] or 'unknown')[:12]}; `{source}` has the rest."
     )
