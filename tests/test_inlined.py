@@ -12,7 +12,7 @@ ONCE = ("cpuid", "xgetbv")
 
 
 def test_no_instruction_of_a_kernel_is_a_call() -> None:
-    """A function of the standard library for one instruction appears by name only if a caller has other instructions than it.
+    """What the standard library has for an instruction appears by name where a caller may not have that instruction.
 
     So it does for closures, which know nothing of the level that they are used at, where they are not inlined.
     """
