@@ -45,12 +45,27 @@ pub(crate) trait Rows: Copy + Send + Sync {
     /// Writes all of `row` to `out`.
     #[inline(always)]
     fn copy<S: Simd>(self, simd: S, row: usize, out: &mut [f32]) {
+        const COUNT: usize = 4;
         let mut at = 0;
+        for out in out.as_chunks_mut::<{ COUNT * LANES }>().0 {
+            self.each::<S, COUNT, true>(simd, row, at, &mut Copied(out));
+            at += COUNT * LANES;
+        }
         while at < out.len() {
             let elements = self.load_at(simd, row, at);
             simd.store_at(out, at, elements);
             at += LANES;
         }
+    }
+}
+
+/// Where vectors are written one after another.
+struct Copied<'a>(&'a mut [f32]);
+
+impl<S: Simd> Take<S> for Copied<'_> {
+    #[inline(always)]
+    fn take(&mut self, simd: S, i: usize, v: S::V) {
+        simd.store_at(self.0, i * LANES, v);
     }
 }
 

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::kernels::Simd;
 use crate::{Error, Result, named};
 use bytemuck::{cast_slice, cast_slice_mut};
 
@@ -53,39 +54,60 @@ impl ScaleFormat {
         }
     }
 
-    /// The largest number that is stored up to one that is not NaN, and at least minus the largest of all.
+    /// The largest numbers that are stored up to these, which are finite and at least minus the largest of all.
     #[inline(always)]
-    pub(crate) fn at_most(self, x: f32) -> f32 {
-        let nearest = self.round(x);
-        if nearest <= x { nearest } else { self.below(nearest) }
+    pub(crate) fn at_most<S: Simd>(self, simd: S, x: S::V) -> S::V {
+        match self {
+            Self::Fp32 => x,
+            Self::Fp16 => fp16_at_most(simd, x),
+            Self::Bf16 => cut(simd, x, 16),
+        }
     }
 
-    /// The smallest that is stored from `x` on, which is not negative; one that is less by a millionth, as rounding makes
-    /// it, counts.
+    /// The smallest that are stored from these on, which are not negative; one that is less by a millionth, as rounding
+    /// makes it, counts.
     #[inline(always)]
-    pub(crate) fn at_least(self, x: f32) -> f32 {
+    pub(crate) fn at_least<S: Simd>(self, simd: S, x: S::V) -> S::V {
         const BARELY_LESS: f32 = 1.0 - f32::EPSILON * 8.0;
         match self {
             Self::Fp32 => x,
-            Self::Fp16 | Self::Bf16 => -self.at_most(-x * BARELY_LESS),
-        }
-    }
-
-    /// The stored number before `x`, which is stored, too.
-    #[inline(always)]
-    fn below(self, x: f32) -> f32 {
-        let before = |bits: u16| match bits {
-            0 | 0x8000 => 0x8001,
-            1..0x8000 => bits - 1,
-            _ => bits + 1,
-        };
-        match self {
-            Self::Fp32 => x.next_down(),
-            Self::Fp16 => fp16(before(fp16_bits(x))),
-            Self::Bf16 => f32::from_bits(u32::from(before((x.to_bits() >> 16) as u16)) << 16),
+            Self::Fp16 | Self::Bf16 => {
+                let zero = simd.splat(0.0);
+                let less = simd.mul(simd.sub(zero, x), simd.splat(BARELY_LESS));
+                simd.sub(zero, self.at_most(simd, less))
+            }
         }
     }
 }
+
+/// Numbers without the lowest `bits` of their fraction, down.
+#[inline(always)]
+fn cut<S: Simd>(simd: S, x: S::V, bits: u32) -> S::V {
+    let below = (1 << bits) - 1;
+    let x = simd.bits(x);
+    let negative = simd.sub_int(simd.splat_int(0), simd.shr(x, simd.splat_int(31)));
+    let away = simd.add_int(x, simd.and(negative, simd.splat_int(below)));
+    simd.of_bits(simd.and(away, simd.splat_int(!below)))
+}
+
+/// The largest numbers of half precision up to these.
+#[inline(always)]
+fn fp16_at_most<S: Simd>(simd: S, x: S::V) -> S::V {
+    /// What those that are denormal differ by.
+    const STEP: f32 = f32::from_bits((127 - 24) << 23);
+    const LARGEST: f32 = 65504.0;
+    let x = simd.min(x, simd.splat(LARGEST));
+    let steps = simd.mul(x, simd.splat(1.0 / STEP));
+    let nearest = simd.round(steps);
+    let less = simd.sub(nearest, simd.splat(1.0));
+    let whole = simd.select(simd.greater(nearest, steps), less, nearest);
+    let size = simd.max(x, simd.sub(simd.splat(0.0), x));
+    let denormal = simd.greater(simd.splat(FP16_NORMAL), size);
+    simd.select(denormal, simd.mul(whole, simd.splat(STEP)), cut(simd, x, 13))
+}
+
+/// The smallest number of half precision that is not denormal.
+const FP16_NORMAL: f32 = f32::from_bits((127 - 14) << 23);
 
 /// Without the lowest `bits` of its fraction, to the nearest, ties to even.
 #[inline(always)]
@@ -98,11 +120,9 @@ fn round_bits(x: f32, bits: u32) -> f32 {
 /// The nearest number of half precision.
 #[inline(always)]
 fn nearest_fp16(x: f32) -> f32 {
-    /// The smallest that is not denormal; below, all are multiples of one step, which is the last place of numbers
-    /// from 0.5 to 1.
-    const NORMAL: f32 = f32::from_bits((127 - 14) << 23);
     const BEYOND: f32 = 65536.0;
-    if x.abs() < NORMAL {
+    if x.abs() < FP16_NORMAL {
+        // All are multiples of one step, which is the last place of numbers from 0.5 to 1.
         return ((x + 0.75) - 0.75).copysign(x);
     }
     let rounded = round_bits(x, 13);
@@ -222,6 +242,8 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
+    use crate::kernels::LANES;
+    use crate::kernels::scalar::Scalar;
 
     #[test]
     fn numbers_are_rounded_as_the_standard_says() {
@@ -237,6 +259,20 @@ mod tests {
         }
     }
 
+    /// The number of a format that comes after `x`, which it has.
+    fn after(format: ScaleFormat, x: f32) -> f32 {
+        let after = |bits: u16| match bits {
+            0 | 0x8000 => 1,
+            1..0x8000 => bits + 1,
+            _ => bits - 1,
+        };
+        match format {
+            ScaleFormat::Fp32 => x.next_up(),
+            ScaleFormat::Fp16 => f16::from_bits(after(f16::from_f32(x).to_bits())).to_f32(),
+            ScaleFormat::Bf16 => bf16::from_bits(after(bf16::from_f32(x).to_bits())).to_f32(),
+        }
+    }
+
     #[test]
     fn numbers_are_rounded_down_and_up() {
         for format in ScaleFormat::ALL {
@@ -245,12 +281,13 @@ mod tests {
                 if x.is_nan() || x.abs() > 65504.0 {
                     continue;
                 }
-                let (down, up) = (format.at_most(x), format.at_least(x));
+                let ([down, ..], [up, ..]) =
+                    (format.at_most(Scalar, [x; LANES]), format.at_least(Scalar, [x; LANES]));
                 assert!(
                     down <= x && format.round(down).to_bits() == down.to_bits(),
                     "{format}: {x:e} {down:e}"
                 );
-                let above = -format.below(-down);
+                let above = after(format, down);
                 assert!(above > x || down.to_bits() == x.to_bits(), "{format}: {x:e} {down:e} {above:e}");
                 if x >= 0.0 {
                     assert!(up >= x - x * 1.1e-6 && format.round(up).to_bits() == up.to_bits());

@@ -135,6 +135,7 @@ impl Table {
             }
             format @ (RowFormat::Int8 | RowFormat::Int4 | RowFormat::Int2) => Weights::Codes(CodeRows {
                 format,
+                row_bytes: format.row_bytes(dim),
                 codes: Disjoint::new(elements.as_mut_slice()),
                 scales: Disjoint::new(rows.scales.as_mut_slice()),
                 scale_format: rows.scale_format,

@@ -42,7 +42,7 @@ impl Weights<'_> {
                 [stream(&rows.bits), low]
             }
             Self::Codes(rows) => {
-                let codes = Stream { start: rows.codes.address(0).cast(), row_bytes: rows.row_bytes() };
+                let codes = Stream { start: rows.codes.address(0).cast(), row_bytes: rows.row_bytes };
                 let row_bytes = rows.scale_format.pair_bytes();
                 [codes, Stream { start: rows.scales.address(0).cast(), row_bytes }]
             }

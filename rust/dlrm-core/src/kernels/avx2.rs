@@ -16,6 +16,9 @@ pub(crate) struct Avx2(());
 /// The registers of a vector, low lanes first.
 type Pair = [__m256; 2];
 
+/// Those of integers.
+type Ints = [__m256i; 2];
+
 const HALF: usize = LANES / 2;
 
 impl Avx2 {
@@ -188,16 +191,6 @@ impl Avx2 {
         })
     }
 
-    /// [`Simd::load_bf16`] of half a vector.
-    #[inline(always)]
-    fn bf16_half(self, from: &[u16]) -> __m256 {
-        debug_assert_eq!(from.len(), HALF);
-        have!({
-            let upper = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(upper))
-        })
-    }
-
     /// The 8 numbers of half a vector as bfloat16, each in the low half of 32 bits.
     #[inline(always)]
     fn to_bf16(self, v: __m256) -> __m256i {
@@ -242,6 +235,7 @@ impl Avx2 {
 impl Simd for Avx2 {
     type V = Pair;
     type M = Pair;
+    type I = Ints;
     const BLOCK: usize = 8;
 
     #[inline(always)]
@@ -324,11 +318,6 @@ impl Simd for Avx2 {
             _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())),
             _mm256_cvtph_ps(_mm_loadu_si128(from[HALF..].as_ptr().cast()))
         ])
-    }
-
-    #[inline(always)]
-    fn load_bf16(self, from: &[u16; LANES]) -> Pair {
-        [self.bf16_half(&from[..HALF]), self.bf16_half(&from[HALF..])]
     }
 
     #[inline(always)]
@@ -415,6 +404,89 @@ impl Simd for Avx2 {
             _mm_cvtsi128_si32(_mm_packus_epi16(words, words))
         });
         *to = fours.to_le_bytes();
+    }
+
+    #[inline(always)]
+    fn bits(self, v: Pair) -> Ints {
+        have!([_mm256_castps_si256(v[0]), _mm256_castps_si256(v[1])])
+    }
+
+    #[inline(always)]
+    fn of_bits(self, bits: Ints) -> Pair {
+        have!([_mm256_castsi256_ps(bits[0]), _mm256_castsi256_ps(bits[1])])
+    }
+
+    #[inline(always)]
+    fn to_floats(self, a: Ints) -> Pair {
+        have!([_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])])
+    }
+
+    #[inline(always)]
+    fn add_int(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn sub_int(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn mul_int(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_mullo_epi32(a[0], b[0]), _mm256_mullo_epi32(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn min_int(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_min_epu32(a[0], b[0]), _mm256_min_epu32(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn max_int(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_max_epu32(a[0], b[0]), _mm256_max_epu32(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn and(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn or(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn xor(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_xor_si256(a[0], b[0]), _mm256_xor_si256(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn shl(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_sllv_epi32(a[0], b[0]), _mm256_sllv_epi32(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn shr(self, a: Ints, b: Ints) -> Ints {
+        have!([_mm256_srlv_epi32(a[0], b[0]), _mm256_srlv_epi32(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn lower_twice(self, a: Ints) -> Ints {
+        [a[0]; 2]
+    }
+
+    #[inline(always)]
+    fn load_u16(self, from: &[u16; LANES]) -> Ints {
+        have!([
+            _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast())),
+            _mm256_cvtepu16_epi32(_mm_loadu_si128(from[HALF..].as_ptr().cast()))
+        ])
+    }
+
+    #[inline(always)]
+    fn store_u16(self, to: &mut [u16; LANES], a: Ints) {
+        have!(_mm256_storeu_si256(to.as_mut_ptr().cast(), self.narrow(a[0], a[1])));
     }
 
     #[inline(always)]

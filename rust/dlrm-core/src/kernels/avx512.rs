@@ -68,6 +68,7 @@ fn first(n: usize) -> __mmask16 {
 impl Simd for Avx512 {
     type V = __m512;
     type M = __mmask16;
+    type I = __m512i;
     const BLOCK: usize = 8;
 
     #[inline(always)]
@@ -146,14 +147,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn load_bf16(self, from: &[u16; LANES]) -> __m512 {
-        have!({
-            let upper = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(upper))
-        })
-    }
-
-    #[inline(always)]
     fn load_int8(self, from: &[u8; LANES]) -> __m512 {
         have!(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()))))
     }
@@ -216,6 +209,86 @@ impl Simd for Avx512 {
             let pairs = _mm512_or_epi64(codes, _mm512_srli_epi64::<28>(codes));
             _mm_storel_epi64(to.as_mut_ptr().cast(), _mm512_cvtepi64_epi8(pairs));
         });
+    }
+
+    #[inline(always)]
+    fn bits(self, v: __m512) -> __m512i {
+        have!(_mm512_castps_si512(v))
+    }
+
+    #[inline(always)]
+    fn of_bits(self, bits: __m512i) -> __m512 {
+        have!(_mm512_castsi512_ps(bits))
+    }
+
+    #[inline(always)]
+    fn to_floats(self, a: __m512i) -> __m512 {
+        have!(_mm512_cvtepi32_ps(a))
+    }
+
+    #[inline(always)]
+    fn add_int(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_add_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn sub_int(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_sub_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn mul_int(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_mullo_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn min_int(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_min_epu32(a, b))
+    }
+
+    #[inline(always)]
+    fn max_int(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_max_epu32(a, b))
+    }
+
+    #[inline(always)]
+    fn and(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_and_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_or_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn xor(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_xor_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn shl(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_sllv_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn shr(self, a: __m512i, b: __m512i) -> __m512i {
+        have!(_mm512_srlv_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn lower_twice(self, a: __m512i) -> __m512i {
+        have!(_mm512_shuffle_i64x2::<0b01_00_01_00>(a, a))
+    }
+
+    #[inline(always)]
+    fn load_u16(self, from: &[u16; LANES]) -> __m512i {
+        have!(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn store_u16(self, to: &mut [u16; LANES], a: __m512i) {
+        have!(_mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(a)));
     }
 
     #[inline(always)]

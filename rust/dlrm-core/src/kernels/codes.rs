@@ -11,8 +11,8 @@
 //! bias and all. Random bits are those of `stochastic`.
 
 use super::fit::{Affine, Span};
-use super::stochastic::{Random, random_bits};
-use super::{Kernel, LANES, Simd};
+use super::stochastic::{Random, numbers, random_bits};
+use super::{Kernel, LANES, Lanes, Simd};
 use crate::RowFormat;
 use crate::cache::{CachedRows, Ways};
 use crate::disjoint::Disjoint;
@@ -23,6 +23,8 @@ use crate::table_rows::{RowsRef, UNIFORM};
 /// Rows of evenly spaced codes, where they are.
 pub(crate) struct CodeRows<'a> {
     pub(crate) format: RowFormat,
+    /// Bytes of a row's codes.
+    pub(crate) row_bytes: usize,
     pub(crate) codes: Disjoint<'a, u8>,
     pub(crate) scales: Disjoint<'a, u8>,
     pub(crate) scale_format: ScaleFormat,
@@ -33,17 +35,11 @@ pub(crate) struct CodeRows<'a> {
 }
 
 impl CodeRows<'_> {
-    /// Bytes of a row's codes.
-    #[inline(always)]
-    pub(crate) fn row_bytes(&self) -> usize {
-        self.format.row_bytes(self.dim)
-    }
-
     /// The codes of a row, and its scale and bias.
     #[inline(always)]
     #[expect(clippy::mut_from_ref, unsafe_code, reason = "rows are disjoint")]
     pub(crate) fn row(&self, row: usize) -> (&mut [u8], &mut [u8]) {
-        let (codes, pair) = (self.row_bytes(), self.scale_format.pair_bytes());
+        let (codes, pair) = (self.row_bytes, self.scale_format.pair_bytes());
         // SAFETY: a row belongs to one piece of a call, which decodes and encodes it once, one after the other.
         unsafe {
             (
@@ -63,7 +59,7 @@ impl CodeRows<'_> {
         one.quantized(packing).copy(simd, 0, into);
     }
 
-    /// Writes a row of these elements, which reach so far.
+    /// Writes a row of these elements.
     #[inline(always)]
     fn encode<S: Simd, P: Packing<Unit = u8>>(
         &self,
@@ -71,69 +67,91 @@ impl CodeRows<'_> {
         packing: P,
         row: usize,
         elements: &[f32],
-        span: Option<Span>,
+        affine: Affine,
     ) {
         let (codes, pair) = self.row(row);
-        let largest = self.format.largest_code();
-        let affine = around(span, self.scale_format, largest);
         scales::store(self.scale_format, pair, 0, [affine.scale, affine.bias]);
-        let key = self.random.of_row(row);
-        pack_mapped(simd, packing, elements, codes, &mut Draw { affine, largest, key, words: 0 });
+        let (largest, key) = (self.format.largest_code(), self.random.of_row(row));
+        pack_mapped(simd, packing, elements, codes, &mut Draw { affine, largest, key, words: numbers(simd) });
     }
 }
 
-/// Scale and bias that reach around a row; NaN where there is no telling from where to where it reaches.
-#[inline(always)]
-fn around(span: Option<Span>, stored: ScaleFormat, largest_code: f32) -> Affine {
-    /// Elements up to this size have a range, and decode to what is finite.
-    const LARGEST: f32 = f32::from_bits((127 + 125) << 23);
-    let Some(span) = span else {
-        return Affine { scale: f32::NAN, bias: f32::NAN, inverse: f32::NAN };
-    };
-    let limit = if stored == ScaleFormat::Fp16 { 65504.0 } else { LARGEST };
-    let bias = stored.at_most(span.min.clamp(-limit, limit));
-    let range = span.max.min(LARGEST) - bias;
-    let scale = stored.at_least((range / largest_code).min(limit));
-    let inverse = 1.0 / scale;
-    if inverse.is_finite() {
-        Affine { scale, bias, inverse }
-    } else {
-        Affine { scale: 1.0, bias, inverse: 1.0 }
+/// Scales and biases that reach around rows, side by side.
+struct Around {
+    scale: Lanes,
+    bias: Lanes,
+    inverse: Lanes,
+}
+
+impl Around {
+    /// Those of up to [`LANES`] rows; NaN where there is no telling from where to where one reaches.
+    #[inline(always)]
+    fn of<S: Simd>(simd: S, spans: &[Option<Span>; LANES], stored: ScaleFormat, largest_code: f32) -> Self {
+        /// Elements up to this size have a range, and decode to what is finite.
+        const LARGEST: f32 = f32::from_bits((127 + 125) << 23);
+        let (mut min, mut max) = ([f32::NAN; LANES], [f32::NAN; LANES]);
+        for i in 0..LANES {
+            if let Some(span) = spans[i] {
+                (min[i], max[i]) = (span.min, span.max);
+            }
+        }
+        let (min, max) = (simd.load(&min), simd.load(&max));
+        let (zero, one, nan) = (simd.splat(0.0), simd.splat(1.0), simd.splat(f32::NAN));
+        let limit = simd.splat(if stored == ScaleFormat::Fp16 { 65504.0 } else { LARGEST });
+        let clamped = simd.min(simd.max(min, simd.sub(zero, limit)), limit);
+        let bias = stored.at_most(simd, clamped);
+        let range = simd.sub(simd.min(max, simd.splat(LARGEST)), bias);
+        let step = simd.min(simd.div(range, simd.splat(largest_code)), limit);
+        let scale = stored.at_least(simd, step);
+        let inverse = simd.div(one, scale);
+        let size = simd.max(inverse, simd.sub(zero, inverse));
+        let divides = simd.greater(simd.splat(f32::INFINITY), size);
+        let known = simd.greater(simd.splat(f32::INFINITY), min);
+        let (scale, inverse) = (simd.select(divides, scale, one), simd.select(divides, inverse, one));
+        Self {
+            scale: simd.lanes(simd.select(known, scale, nan)),
+            bias: simd.lanes(simd.select(known, bias, nan)),
+            inverse: simd.lanes(simd.select(known, inverse, nan)),
+        }
+    }
+
+    /// Of row `i`.
+    #[inline(always)]
+    fn get(&self, i: usize) -> Affine {
+        Affine { scale: self.scale[i], bias: self.bias[i], inverse: self.inverse[i] }
     }
 }
 
 /// Elements of a row, in their order, become codes.
-struct Draw {
+struct Draw<I> {
     affine: Affine,
     largest: f32,
     key: [u32; 2],
-    /// Random words that have been used, each by two elements.
-    words: u32,
+    /// The numbers of the random words that are next, each for two elements.
+    words: I,
 }
 
-impl<S: Simd> Map<S> for Draw {
+impl<S: Simd> Map<S> for Draw<S::I> {
     #[inline(always)]
     fn map(&mut self, simd: S, x: S::V, _len: usize) -> S::V {
+        /// The upper bits of a word are for the element 8 lanes on.
+        const SHIFTS: [u32; LANES] = [0, 0, 0, 0, 0, 0, 0, 0, 17, 17, 17, 17, 17, 17, 17, 17];
         // In this order NaN becomes 0.
         let x = simd.max(self.affine.to_codes(simd, x), simd.splat(0.0));
-        let mut lanes = simd.lanes(simd.min(x, simd.splat(self.largest)));
-        for i in 0..LANES / 2 {
-            let bits = random_bits(self.key, self.words + i as u32);
-            lanes[i] = drawn(lanes[i], bits & 0x7FFF);
-            lanes[i + LANES / 2] = drawn(lanes[i + LANES / 2], bits >> 17);
-        }
-        self.words += LANES as u32 / 2;
-        simd.load(&lanes)
+        let x = simd.min(x, simd.splat(self.largest));
+        let words = simd.lower_twice(random_bits(simd, self.key, self.words));
+        self.words = simd.add_int(self.words, simd.splat_int(LANES as u32 / 2));
+        drawn(simd, x, simd.and(simd.shr(words, simd.load_int(&SHIFTS)), simd.splat_int(0x7FFF)))
     }
 }
 
-/// One of the two integers around a number from 0 to 255, whose fraction is taken to 15 bits; so many are random.
+/// One of the two integers around numbers from 0 to 255, whose fraction is taken to 15 bits; so many are random.
 #[inline(always)]
-fn drawn(x: f32, random: u32) -> f32 {
+fn drawn<S: Simd>(simd: S, x: S::V, random: S::I) -> S::V {
     /// Numbers from here to twice this differ by 2^-15, which is their lowest bit.
     const BEGIN: f32 = 256.0;
-    let fixed = (x + BEGIN).to_bits() - BEGIN.to_bits();
-    ((fixed + random) >> 15) as f32
+    let fixed = simd.sub_int(simd.bits(simd.add(x, simd.splat(BEGIN))), simd.splat_int(BEGIN.to_bits()));
+    simd.to_floats(simd.shr(simd.add_int(fixed, random), simd.splat_int(15)))
 }
 
 /// Brings rows into fp32.
@@ -194,8 +212,9 @@ impl Kernel for Encode<'_> {
         with_packing!(all.format, |packing| {
             for (rows, from) in rows.chunks(LANES).zip(from.chunks(LANES * all.dim)) {
                 let spans = Span::of_finite_rows(simd, &from[..rows.len() * all.dim], all.dim);
-                for ((&row, from), span) in rows.iter().zip(from.chunks_exact(all.dim)).zip(spans) {
-                    all.encode(simd, packing, row, from, span);
+                let around = Around::of(simd, &spans, all.scale_format, all.format.largest_code());
+                for (i, (&row, from)) in rows.iter().zip(from.chunks_exact(all.dim)).enumerate() {
+                    all.encode(simd, packing, row, from, around.get(i));
                 }
             }
         });
@@ -224,6 +243,7 @@ mod tests {
         let mut pairs = vec![0_u32; count * pair_bytes(format, scale_format) / 4];
         let all = CodeRows {
             format,
+            row_bytes: format.row_bytes(dim),
             codes: Disjoint::new(&mut codes),
             scales: Disjoint::new(bytemuck::cast_slice_mut(&mut pairs)),
             scale_format,

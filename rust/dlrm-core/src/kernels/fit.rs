@@ -96,13 +96,13 @@ impl Span {
 fn are_finite<S: Simd>(simd: S, elements: &[f32]) -> bool {
     // A number less itself is 0, what is not finite less itself a NaN, which stays in the sum.
     let mut sum = simd.splat(0.0);
-    let mut at = 0;
-    while at < elements.len() {
-        let x = simd.load_at(elements, at);
+    let (whole, rest) = elements.as_chunks();
+    for x in whole {
+        let x = simd.load(x);
         sum = simd.add(sum, simd.sub(x, x));
-        at += LANES;
     }
-    simd.sum(sum) == 0.0
+    let x = simd.load_at(rest, 0);
+    simd.sum(simd.add(sum, simd.sub(x, x))) == 0.0
 }
 
 /// How far the elements reach that come to the same lane.

@@ -1,6 +1,6 @@
 //! The loops over elements, each written once and compiled for every level.
 //!
-//! A [`Kernel`] is an algorithm over [`Simd`], the operations of one level on vectors of [`LANES`] floats. A vector has
+//! A [`Kernel`] is an algorithm over [`Simd`], the operations of one level on vectors of [`LANES`] numbers. A vector has
 //! 16 lanes at every level (one register of AVX-512, two of AVX2, four of NEON), so an algorithm adds the same numbers
 //! in the same order everywhere and the results have the same bits. For the same reason no level fuses a multiplication
 //! with an addition. [`scalar`] is the specification.

@@ -47,6 +47,7 @@ macro_rules! each {
 impl Simd for Neon {
     type V = [float32x4_t; REGISTERS];
     type M = [uint32x4_t; REGISTERS];
+    type I = [uint32x4_t; REGISTERS];
     const BLOCK: usize = 4;
 
     #[inline(always)]
@@ -122,11 +123,6 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn load_bf16(self, from: &[u16; LANES]) -> Self::V {
-        each!(|I| vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from[I * QUARTER..].as_ptr()))))
-    }
-
-    #[inline(always)]
     fn load_int8(self, from: &[u8; LANES]) -> Self::V {
         let words = from.map(u32::from);
         each!(|I| vcvtq_f32_u32(vld1q_u32(words[I * QUARTER..].as_ptr())))
@@ -183,6 +179,86 @@ impl Simd for Neon {
             let high = vmovn_u16(vcombine_u16(words[2], words[3]));
             vst1q_u8(to.as_mut_ptr(), vcombine_u8(low, high));
         }
+    }
+
+    #[inline(always)]
+    fn bits(self, v: Self::V) -> Self::I {
+        each!(|I| vreinterpretq_u32_f32(v[I]))
+    }
+
+    #[inline(always)]
+    fn of_bits(self, bits: Self::I) -> Self::V {
+        each!(|I| vreinterpretq_f32_u32(bits[I]))
+    }
+
+    #[inline(always)]
+    fn to_floats(self, a: Self::I) -> Self::V {
+        each!(|I| vcvtq_f32_u32(a[I]))
+    }
+
+    #[inline(always)]
+    fn add_int(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(|I| vaddq_u32(a[I], b[I]))
+    }
+
+    #[inline(always)]
+    fn sub_int(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(|I| vsubq_u32(a[I], b[I]))
+    }
+
+    #[inline(always)]
+    fn mul_int(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(|I| vmulq_u32(a[I], b[I]))
+    }
+
+    #[inline(always)]
+    fn min_int(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(|I| vminq_u32(a[I], b[I]))
+    }
+
+    #[inline(always)]
+    fn max_int(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(|I| vmaxq_u32(a[I], b[I]))
+    }
+
+    #[inline(always)]
+    fn and(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(|I| vandq_u32(a[I], b[I]))
+    }
+
+    #[inline(always)]
+    fn or(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(|I| vorrq_u32(a[I], b[I]))
+    }
+
+    #[inline(always)]
+    fn xor(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(|I| veorq_u32(a[I], b[I]))
+    }
+
+    #[inline(always)]
+    fn shl(self, a: Self::I, by: Self::I) -> Self::I {
+        each!(|I| vshlq_u32(a[I], vreinterpretq_s32_u32(by[I])))
+    }
+
+    #[inline(always)]
+    fn shr(self, a: Self::I, by: Self::I) -> Self::I {
+        each!(|I| vshlq_u32(a[I], vnegq_s32(vreinterpretq_s32_u32(by[I]))))
+    }
+
+    #[inline(always)]
+    fn lower_twice(self, a: Self::I) -> Self::I {
+        [a[0], a[1], a[0], a[1]]
+    }
+
+    #[inline(always)]
+    fn load_u16(self, from: &[u16; LANES]) -> Self::I {
+        each!(|I| vmovl_u16(vld1_u16(from[I * QUARTER..].as_ptr())))
+    }
+
+    #[inline(always)]
+    fn store_u16(self, to: &mut [u16; LANES], a: Self::I) {
+        each!(|I| vst1_u16(to[I * QUARTER..].as_mut_ptr(), vmovn_u32(a[I])));
     }
 
     #[inline(always)]

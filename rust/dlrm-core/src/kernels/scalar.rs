@@ -15,6 +15,7 @@ fn lanes<T>(f: impl Fn(usize) -> T) -> [T; LANES] {
 impl Simd for Scalar {
     type V = Lanes;
     type M = [bool; LANES];
+    type I = [u32; LANES];
     const BLOCK: usize = 1;
 
     #[inline(always)]
@@ -86,11 +87,6 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn load_bf16(self, from: &[u16; LANES]) -> Lanes {
-        from.map(|x| bf16::from_bits(x).to_f32())
-    }
-
-    #[inline(always)]
     fn load_int8(self, from: &[u8; LANES]) -> Lanes {
         from.map(f32::from)
     }
@@ -125,5 +121,85 @@ impl Simd for Scalar {
     #[inline(always)]
     fn store_int8(self, to: &mut [u8; LANES], v: Lanes) {
         *to = v.map(|x| x as u8);
+    }
+
+    #[inline(always)]
+    fn bits(self, v: Lanes) -> [u32; LANES] {
+        v.map(f32::to_bits)
+    }
+
+    #[inline(always)]
+    fn of_bits(self, bits: [u32; LANES]) -> Lanes {
+        bits.map(f32::from_bits)
+    }
+
+    #[inline(always)]
+    fn to_floats(self, a: [u32; LANES]) -> Lanes {
+        a.map(|x| x as f32)
+    }
+
+    #[inline(always)]
+    fn add_int(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i].wrapping_add(b[i]))
+    }
+
+    #[inline(always)]
+    fn sub_int(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i].wrapping_sub(b[i]))
+    }
+
+    #[inline(always)]
+    fn mul_int(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i].wrapping_mul(b[i]))
+    }
+
+    #[inline(always)]
+    fn min_int(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i].min(b[i]))
+    }
+
+    #[inline(always)]
+    fn max_int(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i].max(b[i]))
+    }
+
+    #[inline(always)]
+    fn and(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i] & b[i])
+    }
+
+    #[inline(always)]
+    fn or(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i] | b[i])
+    }
+
+    #[inline(always)]
+    fn xor(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i] ^ b[i])
+    }
+
+    #[inline(always)]
+    fn shl(self, a: [u32; LANES], by: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i].unbounded_shl(by[i]))
+    }
+
+    #[inline(always)]
+    fn shr(self, a: [u32; LANES], by: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i].unbounded_shr(by[i]))
+    }
+
+    #[inline(always)]
+    fn lower_twice(self, a: [u32; LANES]) -> [u32; LANES] {
+        lanes(|i| a[i % (LANES / 2)])
+    }
+
+    #[inline(always)]
+    fn load_u16(self, from: &[u16; LANES]) -> [u32; LANES] {
+        from.map(u32::from)
+    }
+
+    #[inline(always)]
+    fn store_u16(self, to: &mut [u16; LANES], a: [u32; LANES]) {
+        *to = a.map(|x| x as u16);
     }
 }

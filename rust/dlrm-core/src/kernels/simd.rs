@@ -39,6 +39,8 @@ pub(crate) trait Simd: Copy {
     type V: Copy;
     /// [`LANES`] truths in registers.
     type M: Copy;
+    /// [`LANES`] integers in registers, of 32 bits and without sign; sums and products of theirs wrap around.
+    type I: Copy;
     /// How many vectors a sum keeps in registers at once; a power of two.
     const BLOCK: usize;
 
@@ -67,7 +69,10 @@ pub(crate) trait Simd: Copy {
     /// Half precision.
     fn load_fp16(self, from: &[u16; LANES]) -> Self::V;
     /// The upper halves of single precision.
-    fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V {
+        self.of_bits(self.shl(self.load_u16(from), self.splat_int(16)))
+    }
     /// Codes of 8 bits, as numbers.
     fn load_int8(self, from: &[u8; LANES]) -> Self::V;
     /// Hands over, for each of `COUNT` groups of codes of 4 bits, the low ones of a byte first, the lanes of `of` that they are
@@ -86,6 +91,42 @@ pub(crate) trait Simd: Copy {
     fn store_bf16(self, to: &mut [u16; LANES], v: Self::V);
     /// As 8 bits each; every lane is an integer from 0 to 255.
     fn store_int8(self, to: &mut [u8; LANES], v: Self::V);
+
+    /// The bits of the lanes.
+    fn bits(self, v: Self::V) -> Self::I;
+    /// Lanes of these bits.
+    fn of_bits(self, bits: Self::I) -> Self::V;
+    /// The same numbers; every lane is below 2^24.
+    fn to_floats(self, a: Self::I) -> Self::V;
+    fn add_int(self, a: Self::I, b: Self::I) -> Self::I;
+    fn sub_int(self, a: Self::I, b: Self::I) -> Self::I;
+    fn mul_int(self, a: Self::I, b: Self::I) -> Self::I;
+    fn min_int(self, a: Self::I, b: Self::I) -> Self::I;
+    fn max_int(self, a: Self::I, b: Self::I) -> Self::I;
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    fn xor(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `a << by`; 0 where `by` is from 32 to 127.
+    fn shl(self, a: Self::I, by: Self::I) -> Self::I;
+    /// `a >> by`; likewise.
+    fn shr(self, a: Self::I, by: Self::I) -> Self::I;
+    /// The lower half of the lanes, and once more in place of the upper.
+    fn lower_twice(self, a: Self::I) -> Self::I;
+    /// Integers of 16 bits.
+    fn load_u16(self, from: &[u16; LANES]) -> Self::I;
+    /// As 16 bits each; every lane is below 2^16.
+    fn store_u16(self, to: &mut [u16; LANES], a: Self::I);
+
+    #[inline(always)]
+    fn splat_int(self, x: u32) -> Self::I {
+        self.bits(self.splat(f32::from_bits(x)))
+    }
+
+    /// These integers.
+    #[inline(always)]
+    fn load_int(self, from: &[u32; LANES]) -> Self::I {
+        self.bits(self.load(bytemuck::cast_ref(from)))
+    }
 
     /// As 4 bits each, the first in the low ones; every lane is an integer from 0 to 15.
     #[inline(always)]
