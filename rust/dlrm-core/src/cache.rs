@@ -25,7 +25,7 @@ use smallvec::SmallVec;
 
 use crate::disjoint::Disjoint;
 use crate::kernels::codes::{CodeRows, Decode, Encode};
-use crate::kernels::touched::{ROWS, Target};
+use crate::kernels::touched::{Next, ROWS, Target};
 use crate::memory::{Keeper, Memory};
 use crate::occurrences::{Occurrences, Run};
 use crate::scales::{self, Scales};
@@ -317,7 +317,7 @@ impl CodeRows<'_> {
                 return;
             }
             scratch.copy_from_slice(self.cached(old).expect("the row of a way"));
-            level.run(Encode { all: self, rows: &[old], from: &mut *scratch });
+            level.run(Encode { all: self, rows: &[old], from: &mut *scratch, next: Next::NONE });
         }
         level.run(Decode { all: self, rows: &[row], into: &mut *scratch });
         scales::mark(self.scale_format, self.row(row).1, 0, way);

@@ -7,7 +7,7 @@ use crate::Level;
 use crate::disjoint::Disjoint;
 use crate::kernels::codes::{self, CodeRows};
 use crate::kernels::stochastic::{Decode, Encode, Half, HalfRows, Halves};
-use crate::kernels::touched::Stream;
+use crate::kernels::touched::{Next, Stream};
 
 /// The elements of a table's rows, to be changed.
 pub(crate) enum Weights<'a> {
@@ -22,7 +22,20 @@ pub(crate) enum Weights<'a> {
 impl Weights<'_> {
     /// Where to decode rows of `len` elements in all: nowhere if they change in place.
     pub(crate) fn scratch(&self, len: usize) -> Vec<f32> {
-        vec![0.0; if matches!(self, Self::Fp32(_)) { 0 } else { len }]
+        vec![0.0; if self.in_place() { 0 } else { len }]
+    }
+
+    /// Whether rows change where they are.
+    #[inline(always)]
+    pub(crate) fn in_place(&self) -> bool {
+        matches!(self, Self::Fp32(_))
+    }
+
+    /// Rows of `dim` elements that come next.
+    #[inline(always)]
+    pub(crate) fn next<'a>(&self, dim: usize, rows: &'a [usize]) -> Next<'a> {
+        let [first, second] = self.streams(dim);
+        Next::new([first, second, Stream::NONE], rows)
     }
 
     /// Where the rows of `dim` elements are.
@@ -61,15 +74,24 @@ impl Weights<'_> {
         }
     }
 
-    /// Writes the rows that `decode` gave back, of which anything may be left.
-    pub(crate) fn encode(&self, rows: &[usize], from: &mut [f32], level: Level) {
+    /// Writes the rows that `decode` gave back, of which anything may be left; the next ones are brought near meanwhile.
+    pub(crate) fn encode(&self, rows: &[usize], from: &mut [f32], next: &[usize], level: Level) {
         match self {
             Self::Fp32(_) => {}
-            Self::Half(all) => level.run(Encode { halves: Halves { all, rows }, from }),
-            Self::Codes(all) if all.ways.is_none() => level.run(codes::Encode { all, rows, from }),
+            Self::Half(all) => {
+                let next = self.next(all.dim, next);
+                level.run(Encode { halves: Halves { all, rows }, from, next });
+            }
             Self::Codes(all) => {
-                let rows = &all.write_cached(rows, from);
-                level.run(codes::Encode { all, rows, from });
+                let next = self.next(all.dim, next);
+                let codes;
+                let rows = if all.ways.is_some() {
+                    codes = all.write_cached(rows, from);
+                    &codes
+                } else {
+                    rows
+                };
+                level.run(codes::Encode { all, rows, from, next });
             }
         }
     }

@@ -12,6 +12,7 @@
 
 use super::fit::{Affine, Span};
 use super::stochastic::{Random, numbers, random_bits};
+use super::touched::Next;
 use super::{Kernel, LANES, Lanes, Simd};
 use crate::RowFormat;
 use crate::cache::{CachedRows, Ways};
@@ -166,6 +167,7 @@ pub(crate) struct Encode<'a> {
     pub(crate) all: &'a CodeRows<'a>,
     pub(crate) rows: &'a [usize],
     pub(crate) from: &'a [f32],
+    pub(crate) next: Next<'a>,
 }
 
 /// Runs `$body` with `$packing` that of the rows.
@@ -208,16 +210,20 @@ impl Kernel for Encode<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { all, rows, from } = self;
+        let Self { all, rows, from, next } = self;
+        let mut begun = 0;
         with_packing!(all.format, |packing| {
             for (rows, from) in rows.chunks(LANES).zip(from.chunks(LANES * all.dim)) {
                 let spans = Span::of_finite_rows(simd, &from[..rows.len() * all.dim], all.dim);
                 let around = Around::of(simd, &spans, all.scale_format, all.format.largest_code());
                 for (i, (&row, from)) in rows.iter().zip(from.chunks_exact(all.dim)).enumerate() {
+                    next.prefetch(simd, begun);
                     all.encode(simd, packing, row, from, around.get(i));
+                    begun += 1;
                 }
             }
         });
+        next.prefetch_from(simd, begun);
     }
 }
 
@@ -252,7 +258,7 @@ mod tests {
             ways: None,
         };
         let rows: Vec<_> = (0..count).collect();
-        level.run(Encode { all: &all, rows: &rows, from: &row.repeat(count) });
+        level.run(Encode { all: &all, rows: &rows, from: &row.repeat(count), next: Next::NONE });
         let mut decoded = vec![0.0; count * dim];
         level.run(Decode { all: &all, rows: &rows, into: &mut decoded });
         decoded

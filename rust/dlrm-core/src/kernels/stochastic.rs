@@ -8,6 +8,7 @@
 //! it is the same at every level; a number beyond the largest of the format becomes that, and only an infinity infinite.
 
 use super::scalar::Scalar;
+use super::touched::Next;
 use super::{Kernel, LANES, Simd};
 use crate::disjoint::Disjoint;
 use crate::rows::{Bf16, Fp16, Packing};
@@ -237,6 +238,7 @@ fn group(from: &[u16], at: usize) -> [u16; LANES] {
 pub(crate) struct Encode<'a> {
     pub(crate) halves: Halves<'a>,
     pub(crate) from: &'a [f32],
+    pub(crate) next: Next<'a>,
 }
 
 impl Kernel for Encode<'_> {
@@ -244,8 +246,9 @@ impl Kernel for Encode<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { halves, from } = self;
-        for (&row, from) in halves.rows.iter().zip(from.chunks_exact(halves.all.dim)) {
+        let Self { halves, from, next } = self;
+        for (i, (&row, from)) in halves.rows.iter().zip(from.chunks_exact(halves.all.dim)).enumerate() {
+            next.prefetch(simd, i);
             let bits = halves.row(&halves.all.bits, row);
             match halves.all.half {
                 Half::Fp16 => round(simd, Fp16, from, bits, halves.all.random.of_row(row)),

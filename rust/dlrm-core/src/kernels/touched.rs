@@ -70,37 +70,69 @@ impl Stream {
     pub(crate) const NONE: Self = Self { start: std::ptr::null(), row_bytes: 0 };
 }
 
-/// The streams of the weights and of the state, those that there are first.
-type Streams = [Stream; 2 + PARTS];
+/// Rows that come next, brought near one by one while others are worked on.
+#[derive(Clone, Copy)]
+pub(crate) struct Next<'a> {
+    streams: [Stream; 1 + PARTS],
+    rows: &'a [usize],
+}
 
-impl Target<'_> {
+impl<'a> Next<'a> {
+    pub(crate) const NONE: Self = Self { streams: [Stream::NONE; 1 + PARTS], rows: &[] };
+
+    /// Those of some streams, of which those that there are become the first.
     #[inline(always)]
-    fn streams(&self) -> Streams {
-        if self.rows.is_some() {
-            return [Stream::NONE; 2 + PARTS]; // they are written one after another
-        }
-        let [first, second] = self.weights.streams(self.dim);
-        let state = |part: usize| self.state[part].streams(self.state_len[part])[0];
-        let mut streams = [Stream::NONE; 2 + PARTS];
-        let there = [first, second, state(0), state(1)].into_iter().filter(|stream| stream.row_bytes > 0);
+    pub(crate) fn new(of: [Stream; 1 + PARTS], rows: &'a [usize]) -> Self {
+        let mut streams = [Stream::NONE; 1 + PARTS];
+        let there = of.into_iter().filter(|stream| stream.row_bytes > 0);
         streams.iter_mut().zip(there).for_each(|(stream, there)| *stream = there);
-        streams
+        Self { streams, rows }
+    }
+
+    /// Starts to bring those from the `i`th on near.
+    #[inline(always)]
+    pub(super) fn prefetch_from<S: Simd>(&self, simd: S, i: usize) {
+        (i..self.rows.len()).for_each(|i| self.prefetch(simd, i));
+    }
+
+    /// Starts to bring the `i`th near, if there is one.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Simd>(&self, simd: S, i: usize) {
+        self.prefetch_vectors::<S, 0>(simd, i);
+    }
+
+    /// The same; most of it is `VECTORS` vectors long, or of any length if 0.
+    #[inline(always)]
+    fn prefetch_vectors<S: Simd, const VECTORS: usize>(&self, simd: S, i: usize) {
+        let Some(&row) = self.rows.get(i) else { return };
+        for &Stream { start, row_bytes } in &self.streams {
+            if row_bytes == 0 {
+                break;
+            }
+            let at = start.wrapping_add(row.wrapping_mul(row_bytes));
+            if row_bytes == VECTORS * LINE {
+                (0..VECTORS).for_each(|line| simd.prefetch(at.wrapping_add(line * LINE)));
+            } else {
+                simd.prefetch_bytes(at, row_bytes);
+            }
+        }
     }
 }
 
-/// Starts to bring near what a rule will change of a row, most of which is `VECTORS` vectors long, or of any length if 0.
-#[inline(always)]
-fn prefetch<S: Simd, const VECTORS: usize>(simd: S, streams: &Streams, row: usize) {
-    for &Stream { start, row_bytes } in streams {
-        if row_bytes == 0 {
-            break;
-        }
-        let at = start.wrapping_add(row.wrapping_mul(row_bytes));
-        if row_bytes == VECTORS * LINE {
-            (0..VECTORS).for_each(|line| simd.prefetch(at.wrapping_add(line * LINE)));
-        } else {
-            simd.prefetch_bytes(at, row_bytes);
-        }
+impl Target<'_> {
+    /// What changes of a row, and how many elements of it.
+    fn parts(&self) -> [(&Weights<'_>, usize); 1 + PARTS] {
+        let [first, second] = &self.state;
+        [(&self.weights, self.dim), (first, self.state_len[0]), (second, self.state_len[1])]
+    }
+
+    /// Of these rows, what is changed in place.
+    #[inline(always)]
+    fn next_in_place<'a>(&self, rows: &'a [usize]) -> Next<'a> {
+        let [weights, first, second] = self.parts();
+        let stream =
+            |(of, len): (&Weights, usize)| if of.in_place() { of.streams(len)[0] } else { Stream::NONE };
+        Next::new([stream(weights), stream(first), stream(second)], rows)
     }
 }
 
@@ -136,8 +168,9 @@ impl<'a> Batch<'a> {
 impl Touched<'_> {
     /// Applies a rule to all of them.
     ///
-    /// While it is applied to some, the next ones, whose gradients have been summed before, are brought near: the sum waits
-    /// for gradients, the rule for rows, and neither has to wait for what both would ask of the memory at once.
+    /// While it is applied to some, or these are encoded, the next ones, whose gradients have been summed before, are brought
+    /// near: the sum waits for gradients, the rule for rows, and neither has to wait for what both would ask of the memory at
+    /// once.
     pub(crate) fn apply<R: Rule>(self, rule: &R, level: Level) {
         let Self { run, target, .. } = self;
         let mut gradients = Vec::new();
@@ -157,20 +190,24 @@ impl Touched<'_> {
             end
         };
         let mut begin = sum(0, &mut now);
-        level.run(Prefetch { target, rows: now.rows() });
+        for (weights, len) in target.parts() {
+            level.run(Prefetch(weights.next(len, now.rows())));
+        }
         while now.count > 0 {
             begin = sum(begin, &mut next);
             let (rows, gradients) = (&now.rows[..now.count], &mut *now.gradients);
+            // Packed rows are written one after another.
+            let coming = if target.rows.is_some() { &[] } else { next.rows() };
             target.weights.decode(rows, &mut decoded, level);
             for (part, decoded) in target.state.iter().zip(&mut state) {
                 part.decode(rows, decoded, level);
             }
             let (decoded, decoded_state) = (&mut decoded, &mut state);
-            level.run(Apply { rule, target, rows, next: next.rows(), gradients, decoded, decoded_state });
+            level.run(Apply { rule, target, rows, next: coming, gradients, decoded, decoded_state });
             for (part, decoded) in target.state.iter().zip(&mut state) {
-                part.encode(rows, decoded, level);
+                part.encode(rows, decoded, coming, level);
             }
-            target.weights.encode(rows, decoded, level);
+            target.weights.encode(rows, decoded, coming, level);
             mem::swap(&mut now, &mut next);
         }
     }
@@ -261,18 +298,14 @@ pub(crate) fn norm<S: Simd>(simd: S, row: &[f32]) -> f32 {
 }
 
 /// Rows to bring near.
-struct Prefetch<'a> {
-    target: &'a Target<'a>,
-    rows: &'a [usize],
-}
+struct Prefetch<'a>(Next<'a>);
 
 impl Kernel for Prefetch<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let streams = self.target.streams();
-        self.rows.iter().for_each(|&row| prefetch::<S, 0>(simd, &streams, row));
+        self.0.prefetch_from(simd, 0);
     }
 }
 
@@ -281,7 +314,7 @@ struct Apply<'a, R> {
     rule: &'a R,
     target: &'a Target<'a>,
     rows: &'a [usize],
-    /// Those that come after them.
+    /// Those that come after them; where these are encoded, that brings them near.
     next: &'a [usize],
     gradients: &'a mut [f32],
     /// The rows, where they are not fp32 in memory.
@@ -317,12 +350,10 @@ impl<R: Rule> Apply<'_, R> {
         let first = Places::new(first, &decoded[0], state_len[0]);
         let second = Places::new(second, &decoded[1], state_len[1]);
         let weights = Places::new(weights, &decoded[2], dim);
-        let streams = self.target.streams();
+        let next = self.target.next_in_place(self.next);
         let gradients = self.gradients.chunks_exact_mut(dim);
         for (i, (&row, gradient)) in self.rows.iter().zip(gradients).enumerate() {
-            if let Some(&next) = self.next.get(i) {
-                prefetch::<S, VECTORS>(simd, &streams, next);
-            }
+            next.prefetch_vectors::<S, VECTORS>(simd, i);
             let state = [first.of(row, i), second.of(row, i)];
             let weights = weights.of(row, i);
             self.rule.apply(simd, Row { weights, state, gradient });
