@@ -28,6 +28,17 @@ impl Id for i64 {
     }
 }
 
+/// Runs `$body` with `$typed` the slice that `$ids` holds, whatever its type.
+macro_rules! with_ids {
+    ($ids:expr, |$typed:ident| $body:expr) => {
+        match $ids {
+            $crate::bags::Ids::I32($typed) => $body,
+            $crate::bags::Ids::I64($typed) => $body,
+        }
+    };
+}
+pub(crate) use with_ids;
+
 /// The ids of a call.
 #[derive(Clone, Copy, Debug)]
 pub enum Ids<'a> {
@@ -53,6 +64,24 @@ impl Ids<'_> {
         self.len() == 0
     }
 
+    /// The rows that `COUNT` ids from `position` on name.
+    #[inline(always)]
+    pub(crate) fn rows<const COUNT: usize>(&self, position: usize) -> [u64; COUNT] {
+        match self {
+            Self::I32(ids) => rows_in(ids, position),
+            Self::I64(ids) => rows_in(ids, position),
+        }
+    }
+
+    /// How many ids at `positions` are not `padding`.
+    #[inline(always)]
+    pub(crate) fn count(&self, positions: Range<usize>, padding: u64) -> usize {
+        if padding == u64::MAX {
+            return positions.len();
+        }
+        with_ids!(self, |ids| count(&ids[positions], padding))
+    }
+
     pub(crate) fn get(&self, position: usize) -> i64 {
         match self {
             Self::I32(ids) => i64::from(ids[position]),
@@ -61,16 +90,21 @@ impl Ids<'_> {
     }
 }
 
-/// Runs `$body` with `$typed` the slice that `$ids` holds, whatever its type.
-macro_rules! with_ids {
-    ($ids:expr, |$typed:ident| $body:expr) => {
-        match $ids {
-            $crate::bags::Ids::I32($typed) => $body,
-            $crate::bags::Ids::I64($typed) => $body,
-        }
-    };
+#[inline(always)]
+fn rows_in<I: Id, const COUNT: usize>(ids: &[I], position: usize) -> [u64; COUNT] {
+    let ids = &ids[position..position + COUNT];
+    std::array::from_fn(|i| ids[i].row())
 }
-pub(crate) use with_ids;
+
+/// How many of `ids` are not `padding`.
+#[inline(always)]
+pub(crate) fn count<I: Id>(ids: &[I], padding: u64) -> usize {
+    let mut count = 0;
+    for id in ids {
+        count += usize::from(id.row() != padding);
+    }
+    count
+}
 
 /// Where bags begin.
 #[derive(Clone, Copy, Debug)]

@@ -143,6 +143,11 @@ pub(crate) struct CachedRows<'a> {
 impl<'a> CachedRows<'a> {
     pub(crate) const NONE: Self = Self { rows: &[], sets: Sets(0) };
 
+    /// Whether there is none.
+    pub(crate) fn is_empty(self) -> bool {
+        self.rows.is_empty()
+    }
+
     /// A row of `dim` elements, if its scale marks it as cached.
     #[inline(always)]
     pub(crate) fn get(self, row: usize, scales: Scales, dim: usize) -> Option<&'a [f32]> {

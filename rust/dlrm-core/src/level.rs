@@ -42,7 +42,11 @@ impl Kind {
         match self {
             Self::Scalar => true,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c"),
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => is_x86_feature_detected!("avx512f"),
             #[cfg(target_arch = "aarch64")]
@@ -125,7 +129,7 @@ impl Level {
         match self.0 {
             Kind::Scalar => kernel.run(Scalar),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a `Level` holds `Kind::Avx2` only after `detected` saw avx2 and f16c.
+            // SAFETY: a `Level` holds `Kind::Avx2` only after `detected` saw avx2, fma and f16c.
             Kind::Avx2 => unsafe { Avx2::run(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a `Level` holds `Kind::Avx512` only after `detected` saw avx512f.

@@ -5,136 +5,180 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::cache::CachedRows;
-use crate::kernels::{Kept, LANES, Lanes, Simd, Take, sum};
+use crate::kernels::{LANES, Lanes, Simd};
 use crate::scales::Scales;
 
 /// The rows of a table as a kernel reads them.
 pub(crate) trait Rows: Copy + Send + Sync {
+    /// How a row's elements are made.
+    type Reading: Reading;
+
     /// Elements of a row.
     fn dim(self) -> usize;
 
     /// The same rows, which are `vectors` vectors long: where that is a constant, it becomes part of the code.
     fn of_vectors(self, vectors: usize) -> Self;
 
-    /// Hands `into` `COUNT` vectors of `row`, with their numbers, from element `at` on: all inside the row when `WHOLE`;
-    /// else one, cut at the row's end. `at` is a multiple of [`LANES`].
-    fn each<S: Simd, const COUNT: usize, const WHOLE: bool>(
-        self,
-        simd: S,
-        row: usize,
-        at: usize,
-        into: &mut impl Take<S>,
-    );
+    /// A row, to be read, times a weight if there is one; not of those that are [cached](Self::cached).
+    fn open<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, Self::Reading>;
+
+    /// Whether there may be rows that are kept in fp32 beside the others.
+    fn has_cached(&self) -> bool;
+
+    /// A row, if it is one of those, likewise.
+    fn cached<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Option<Row<'_, S, Plain<Fp32>>>;
+
+    /// Where the bytes of a row are, for prefetching only, and how many; `row` may be any number.
+    fn bytes(&self, row: u64) -> (*const u8, usize);
+
+    /// Where a row's scale and bias are, likewise, if it has such.
+    fn scale(&self, row: u64) -> Option<*const u8>;
 
     /// One vector of `row`, from element `at` on, as far as the row reaches; the other lanes are zero.
     #[inline(always)]
-    fn load_at<S: Simd>(self, simd: S, row: usize, at: usize) -> S::V {
-        let mut loaded = Kept(simd.splat(0.0));
-        if at + LANES <= self.dim() {
-            self.each::<S, 1, true>(simd, row, at, &mut loaded);
-        } else {
-            self.each::<S, 1, false>(simd, row, at, &mut loaded);
+    fn load_at<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V {
+        match self.cached(simd, row, None) {
+            Some(row) => row.vector(simd, at, self.dim()),
+            None => self.open(simd, row, None).vector(simd, at, self.dim()),
         }
-        loaded.0
     }
-
-    /// Starts to bring all of `row` near, which is `COUNT` vectors, or of any length where that is 0; `row` may be any
-    /// number.
-    fn prefetch<S: Simd, const COUNT: usize>(self, simd: S, row: u64);
 
     /// Writes all of `row` to `out`.
     #[inline(always)]
-    fn copy<S: Simd>(self, simd: S, row: usize, out: &mut [f32]) {
-        const COUNT: usize = 4;
-        let mut at = 0;
-        for out in out.as_chunks_mut::<{ COUNT * LANES }>().0 {
-            self.each::<S, COUNT, true>(simd, row, at, &mut Copied(out));
-            at += COUNT * LANES;
+    fn copy<S: Simd>(&self, simd: S, row: usize, out: &mut [f32]) {
+        match self.cached(simd, row, None) {
+            Some(row) => row.copy(simd, out),
+            None => self.open(simd, row, None).copy(simd, out),
         }
+    }
+}
+
+/// How the elements of a row are made of what is stored: [`LANES`] of them of a [`Reading::Group`].
+pub(crate) trait Reading: Copy + Send + Sync {
+    /// What a row is made of.
+    type Unit: Pod;
+    /// An array of units.
+    type Group: Pod;
+    /// What all elements of a row are made with, in registers.
+    type With<S: Simd>: Copy;
+    /// Whether two groups at once take less than one after another.
+    const IN_PAIRS: bool = false;
+    /// Whether rows are added without their [bias](Self::bias), which is the same for all elements.
+    const BIASED: bool = false;
+
+    /// The elements of a group.
+    fn load<S: Simd>(self, simd: S, with: Self::With<S>, group: &Self::Group) -> S::V;
+
+    /// Adds the elements of some groups, times the row's weight and without its bias, to `sum`.
+    fn add<S: Simd, const COUNT: usize>(
+        self,
+        simd: S,
+        with: Self::With<S>,
+        groups: &[Self::Group; COUNT],
+        sum: &mut [S::V; COUNT],
+    );
+
+    /// The group of which there is less than a whole one, filled with zeros.
+    #[inline(always)]
+    fn cut<S: Simd>(self, _simd: S, units: &[Self::Unit]) -> Self::Group {
+        filled(units)
+    }
+
+    /// What is missing in every element of [`Self::add`].
+    #[inline(always)]
+    fn bias<S: Simd>(simd: S, _with: Self::With<S>) -> S::V {
+        simd.splat(0.0)
+    }
+}
+
+/// How the elements of a row are made of codes and of the row's scale and bias.
+pub(crate) trait CodeReading: Reading<Unit = u8> {
+    /// For a row of such scale and bias, times a weight if there is one.
+    fn with<S: Simd>(self, simd: S, affine: [S::V; 2], weight: Option<S::V>) -> Self::With<S>;
+}
+
+/// A weight in all lanes.
+#[inline(always)]
+#[expect(clippy::manual_map, reason = "a closure does not get its level's instructions")]
+fn splat<S: Simd>(simd: S, weight: Option<f32>) -> Option<S::V> {
+    match weight {
+        Some(weight) => Some(simd.splat(weight)),
+        None => None,
+    }
+}
+
+/// A vector times a weight, if there is one.
+#[inline(always)]
+fn weighted<S: Simd>(simd: S, v: S::V, weight: Option<S::V>) -> S::V {
+    match weight {
+        Some(weight) => simd.mul(v, weight),
+        None => v,
+    }
+}
+
+/// A row that has been found.
+#[derive(Clone, Copy)]
+pub(crate) struct Row<'a, S: Simd, R: Reading> {
+    reading: R,
+    whole: &'a [R::Group],
+    /// What is less than a group.
+    cut: &'a [R::Unit],
+    with: R::With<S>,
+}
+
+impl<'a, S: Simd, R: Reading> Row<'a, S, R> {
+    /// A row of `dim` elements.
+    #[inline(always)]
+    fn new(reading: R, units: &'a [R::Unit], with: R::With<S>, dim: usize) -> Self {
+        let group_len = size_of::<R::Group>() / size_of::<R::Unit>();
+        let (whole, cut) = units.split_at(dim / LANES * group_len);
+        Self { reading, whole: bytemuck::cast_slice(whole), cut, with }
+    }
+
+    /// How many whole vectors it has.
+    #[inline(always)]
+    pub(crate) fn vectors(self) -> usize {
+        self.whole.len()
+    }
+
+    /// Adds `COUNT` vectors, from vector number `at` on, to `sum`.
+    #[inline(always)]
+    pub(crate) fn add<const COUNT: usize>(self, simd: S, at: usize, sum: &mut [S::V; COUNT]) {
+        let groups = self.whole[at..at + COUNT].first_chunk().expect("so many groups");
+        self.reading.add(simd, self.with, groups, sum);
+    }
+
+    /// Adds the elements after the last whole vector; what becomes of the other lanes is left open.
+    #[inline(always)]
+    pub(crate) fn add_cut(self, simd: S, sum: &mut [S::V; 1]) {
+        self.reading.add(simd, self.with, &[self.reading.cut(simd, self.cut)], sum);
+    }
+
+    /// What is not added yet.
+    #[inline(always)]
+    pub(crate) fn bias(self, simd: S) -> S::V {
+        R::bias(simd, self.with)
+    }
+
+    /// One vector from element `at` on, as far as the row reaches; the other lanes are zero.
+    #[inline(always)]
+    fn vector(self, simd: S, at: usize, dim: usize) -> S::V {
+        if at + LANES <= dim {
+            return self.reading.load(simd, self.with, &self.whole[at / LANES]);
+        }
+        let cut = self.reading.cut(simd, self.cut);
+        simd.first(self.reading.load(simd, self.with, &cut), dim - at)
+    }
+
+    /// Writes all elements to `out`.
+    #[inline(always)]
+    fn copy(self, simd: S, out: &mut [f32]) {
+        let mut at = 0;
         while at < out.len() {
-            let elements = self.load_at(simd, row, at);
+            let elements = self.vector(simd, at, out.len());
             simd.store_at(out, at, elements);
             at += LANES;
         }
-    }
-}
-
-/// Where vectors are written one after another.
-struct Copied<'a>(&'a mut [f32]);
-
-impl<S: Simd> Take<S> for Copied<'_> {
-    #[inline(always)]
-    fn take(&mut self, simd: S, i: usize, v: S::V) {
-        simd.store_at(self.0, i * LANES, v);
-    }
-}
-
-/// Hands over the `COUNT` vectors of `row` from element `at` on, or one that is cut at its end.
-#[inline(always)]
-fn each_fp32<S: Simd, const COUNT: usize, const WHOLE: bool>(
-    simd: S,
-    row: &[f32],
-    at: usize,
-    into: &mut impl Take<S>,
-) {
-    for (i, v) in sum::load::<S, COUNT, WHOLE>(simd, row, at).into_iter().enumerate() {
-        into.take(simd, i, v);
-    }
-}
-
-/// Starts to bring a row near that is `COUNT` times `bytes` long, or, where that is 0, `row_bytes`.
-#[inline(always)]
-fn prefetch_row<S: Simd, const COUNT: usize>(simd: S, at: *const u8, bytes: usize, row_bytes: usize) {
-    if COUNT == 0 {
-        return simd.prefetch_bytes(at, row_bytes);
-    }
-    // Tables begin on a cache line, so rows of such lengths reach into as few lines as they can.
-    let mut line = 0;
-    while line < COUNT * bytes {
-        simd.prefetch(at.wrapping_add(line));
-        line += 64;
-    }
-}
-
-/// Rows of format fp32.
-#[derive(Clone, Copy)]
-pub(crate) struct Fp32Rows<'a> {
-    pub(crate) data: &'a [f32],
-    pub(crate) dim: usize,
-}
-
-impl Rows for Fp32Rows<'_> {
-    #[inline(always)]
-    fn dim(self) -> usize {
-        self.dim
-    }
-
-    #[inline(always)]
-    fn of_vectors(self, vectors: usize) -> Self {
-        Self { dim: vectors * LANES, ..self }
-    }
-
-    #[inline(always)]
-    fn each<S: Simd, const COUNT: usize, const WHOLE: bool>(
-        self,
-        simd: S,
-        row: usize,
-        at: usize,
-        into: &mut impl Take<S>,
-    ) {
-        each_fp32::<S, COUNT, WHOLE>(simd, &self.data[row * self.dim..][..self.dim], at, into);
-    }
-
-    #[inline(always)]
-    fn prefetch<S: Simd, const COUNT: usize>(self, simd: S, row: u64) {
-        let at = (row as usize).wrapping_mul(self.dim);
-        let bytes = LANES * size_of::<f32>();
-        prefetch_row::<S, COUNT>(
-            simd,
-            self.data.as_ptr().wrapping_add(at).cast(),
-            bytes,
-            self.dim * size_of::<f32>(),
-        );
     }
 }
 
@@ -148,45 +192,28 @@ pub(crate) trait Packing: Copy + Send + Sync {
     /// The numbers of a group.
     fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V;
 
-    /// Hands over `scale * number + bias` of each number of `COUNT` groups, rounded after the product and after the sum.
+    /// The group of which there is less than a whole one, filled with zeros.
     #[inline(always)]
-    fn each_scaled<S: Simd, const COUNT: usize>(
-        self,
-        simd: S,
-        groups: &[Self::Group; COUNT],
-        [scale, bias]: [S::V; 2],
-        into: &mut impl Take<S>,
-    ) {
-        for (i, group) in groups.iter().enumerate() {
-            into.take(simd, i, simd.add(simd.mul(self.load(simd, group), scale), bias));
-            simd.in_turn();
-        }
+    fn cut<S: Simd>(self, _simd: S, units: &[Self::Unit]) -> Self::Group {
+        filled(units)
     }
 
     /// Makes a group; of a quantized format's, the numbers are codes.
     fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V);
 }
 
+/// These units, and zeros.
+#[inline(always)]
+fn filled<U: Pod, G: Pod>(units: &[U]) -> G {
+    let mut group = G::zeroed();
+    bytemuck::cast_slice_mut(std::slice::from_mut(&mut group))[..units.len()].copy_from_slice(units);
+    group
+}
+
 /// Units of a group.
 #[inline(always)]
 const fn group_len<P: Packing>() -> usize {
     size_of::<P::Group>() / size_of::<P::Unit>()
-}
-
-/// `COUNT` groups of `row`, from element `at` on.
-#[inline(always)]
-fn groups<P: Packing, const COUNT: usize>(row: &[P::Unit], at: usize) -> &[P::Group; COUNT] {
-    let units = &row[at / LANES * group_len::<P>()..][..COUNT * group_len::<P>()];
-    bytemuck::cast_slice(units).first_chunk().expect("so many units")
-}
-
-/// The group of `row` from element `at` on that is cut at the row's end, filled with zeros.
-#[inline(always)]
-fn cut_group<P: Packing>(row: &[P::Unit], at: usize) -> P::Group {
-    let rest = &row[at / LANES * group_len::<P>()..];
-    let mut group = P::Group::zeroed();
-    bytemuck::cast_slice_mut(std::slice::from_mut(&mut group))[..rest.len()].copy_from_slice(rest);
-    group
 }
 
 /// Packs a row; what its last unit has room for beyond the row's end is zero.
@@ -259,10 +286,30 @@ macro_rules! packing {
     };
 }
 
-packing!(
-    /// Single precision.
-    Fp32, [f32; LANES], load, store
-);
+/// Single precision.
+#[derive(Clone, Copy)]
+pub(crate) struct Fp32;
+
+impl Packing for Fp32 {
+    type Unit = f32;
+    type Group = Lanes;
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, group: &Lanes) -> S::V {
+        simd.load(group)
+    }
+
+    #[inline(always)]
+    fn cut<S: Simd>(self, simd: S, units: &[f32]) -> Lanes {
+        simd.lanes(simd.load_partial(units))
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(self, simd: S, group: &mut Lanes, numbers: S::V) {
+        simd.store(group, numbers);
+    }
+}
+
 packing!(
     /// Half precision.
     Fp16, [u16; LANES], load_fp16, store_fp16
@@ -290,22 +337,7 @@ impl Packing for Int4<'_> {
 
     #[inline(always)]
     fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
-        let mut chosen = Kept(simd.splat(0.0));
-        simd.each_int4(std::array::from_ref(group), simd.load(self.0), &mut chosen);
-        chosen.0
-    }
-
-    /// A row has but 16 different elements: they are made first, and then chosen from.
-    #[inline(always)]
-    fn each_scaled<S: Simd, const COUNT: usize>(
-        self,
-        simd: S,
-        groups: &[Self::Group; COUNT],
-        [scale, bias]: [S::V; 2],
-        into: &mut impl Take<S>,
-    ) {
-        let elements = simd.add(simd.mul(simd.load(self.0), scale), bias);
-        simd.each_int4(groups, elements, into);
+        simd.look_up(group, simd.load(self.0))
     }
 
     #[inline(always)]
@@ -314,15 +346,183 @@ impl Packing for Int4<'_> {
     }
 }
 
-/// Rows of format fp16 or bf16.
+/// Elements are the numbers that are packed.
 #[derive(Clone, Copy)]
-pub(crate) struct HalfRows<'a, P> {
+pub(crate) struct Plain<P>(pub(crate) P);
+
+impl<P: Packing> Reading for Plain<P> {
+    type Unit = P::Unit;
+    type Group = P::Group;
+    /// The weight.
+    type With<S: Simd> = Option<S::V>;
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, _weight: Option<S::V>, group: &P::Group) -> S::V {
+        self.0.load(simd, group)
+    }
+
+    #[inline(always)]
+    fn cut<S: Simd>(self, simd: S, units: &[P::Unit]) -> P::Group {
+        self.0.cut(simd, units)
+    }
+
+    #[inline(always)]
+    fn add<S: Simd, const COUNT: usize>(
+        self,
+        simd: S,
+        weight: Option<S::V>,
+        groups: &[P::Group; COUNT],
+        sum: &mut [S::V; COUNT],
+    ) {
+        for i in 0..COUNT {
+            sum[i] = simd.add(sum[i], weighted(simd, self.0.load(simd, &groups[i]), weight));
+        }
+    }
+}
+
+/// Elements are `scale * code + bias`, rounded once.
+#[derive(Clone, Copy)]
+pub(crate) struct Scaled<P>(pub(crate) P);
+
+impl<P: Packing<Unit = u8>> Reading for Scaled<P> {
+    type Unit = u8;
+    type Group = P::Group;
+    /// Scale and bias.
+    type With<S: Simd> = [S::V; 2];
+    const BIASED: bool = true;
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, [scale, bias]: [S::V; 2], group: &P::Group) -> S::V {
+        simd.mul_add(self.0.load(simd, group), scale, bias)
+    }
+
+    #[inline(always)]
+    fn add<S: Simd, const COUNT: usize>(
+        self,
+        simd: S,
+        [scale, _]: [S::V; 2],
+        groups: &[P::Group; COUNT],
+        sum: &mut [S::V; COUNT],
+    ) {
+        for i in 0..COUNT {
+            sum[i] = simd.mul_add(self.0.load(simd, &groups[i]), scale, sum[i]);
+        }
+    }
+
+    #[inline(always)]
+    fn bias<S: Simd>(_simd: S, [_, bias]: [S::V; 2]) -> S::V {
+        bias
+    }
+}
+
+impl<P: Packing<Unit = u8>> CodeReading for Scaled<P> {
+    #[inline(always)]
+    fn with<S: Simd>(self, simd: S, [scale, bias]: [S::V; 2], weight: Option<S::V>) -> [S::V; 2] {
+        [weighted(simd, scale, weight), weighted(simd, bias, weight)]
+    }
+}
+
+/// Elements are as of [`Scaled`], of codes of 4 bits into a codebook: a row has but 16 different ones, which are made first and
+/// then chosen from.
+#[derive(Clone, Copy)]
+pub(crate) struct Chosen<'a>(pub(crate) &'a Lanes);
+
+impl Reading for Chosen<'_> {
+    type Unit = u8;
+    type Group = [u8; LANES / 2];
+    /// The elements.
+    type With<S: Simd> = S::V;
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, elements: S::V, group: &Self::Group) -> S::V {
+        simd.look_up(group, elements)
+    }
+
+    #[inline(always)]
+    fn add<S: Simd, const COUNT: usize>(
+        self,
+        simd: S,
+        elements: S::V,
+        groups: &[Self::Group; COUNT],
+        sum: &mut [S::V; COUNT],
+    ) {
+        for i in 0..COUNT {
+            sum[i] = simd.add(sum[i], simd.look_up(&groups[i], elements));
+        }
+    }
+}
+
+impl CodeReading for Chosen<'_> {
+    #[inline(always)]
+    fn with<S: Simd>(self, simd: S, [scale, bias]: [S::V; 2], weight: Option<S::V>) -> S::V {
+        weighted(simd, simd.mul_add(simd.load(self.0), scale, bias), weight)
+    }
+}
+
+/// The same for rows of [`LONG`] elements and more, for which more is made first.
+#[derive(Clone, Copy)]
+pub(crate) struct ChosenInPairs<'a>(pub(crate) &'a Lanes);
+
+/// From there on it pays.
+pub(crate) const LONG: usize = 64;
+
+impl Reading for ChosenInPairs<'_> {
+    type Unit = u8;
+    type Group = [u8; LANES / 2];
+    type With<S: Simd> = S::Planes;
+    const IN_PAIRS: bool = true;
+
+    #[inline(always)]
+    fn load<S: Simd>(self, simd: S, planes: S::Planes, group: &Self::Group) -> S::V {
+        let [elements, _] = simd.look_up_pair(&[*group; 2], planes);
+        elements
+    }
+
+    #[inline(always)]
+    fn add<S: Simd, const COUNT: usize>(
+        self,
+        simd: S,
+        planes: S::Planes,
+        groups: &[Self::Group; COUNT],
+        sum: &mut [S::V; COUNT],
+    ) {
+        let (pairs, rest) = groups.as_chunks();
+        for (i, pair) in pairs.iter().enumerate() {
+            let [first, second] = simd.look_up_pair(pair, planes);
+            sum[2 * i] = simd.add(sum[2 * i], first);
+            sum[2 * i + 1] = simd.add(sum[2 * i + 1], second);
+        }
+        for group in rest {
+            sum[COUNT - 1] = simd.add(sum[COUNT - 1], self.load(simd, planes, group));
+        }
+    }
+}
+
+impl CodeReading for ChosenInPairs<'_> {
+    #[inline(always)]
+    fn with<S: Simd>(self, simd: S, affine: [S::V; 2], weight: Option<S::V>) -> S::Planes {
+        simd.planes(Chosen(self.0).with(simd, affine, weight))
+    }
+}
+
+/// A row of `len` units.
+#[inline(always)]
+fn row_of<T>(all: &[T], row: usize, len: usize) -> &[T] {
+    let at = row * len;
+    &all[at..at + len]
+}
+
+/// Rows of numbers.
+#[derive(Clone, Copy)]
+pub(crate) struct PlainRows<'a, P: Packing> {
     pub(crate) packing: P,
-    pub(crate) data: &'a [u16],
+    pub(crate) data: &'a [P::Unit],
     pub(crate) dim: usize,
 }
 
-impl<P: Packing<Unit = u16>> Rows for HalfRows<'_, P> {
+impl<P: Packing<Unit: Send + Sync>> Rows for PlainRows<'_, P> {
+    type Reading = Plain<P>;
+
     #[inline(always)]
     fn dim(self) -> usize {
         self.dim
@@ -334,44 +534,41 @@ impl<P: Packing<Unit = u16>> Rows for HalfRows<'_, P> {
     }
 
     #[inline(always)]
-    fn each<S: Simd, const COUNT: usize, const WHOLE: bool>(
-        self,
-        simd: S,
-        row: usize,
-        at: usize,
-        into: &mut impl Take<S>,
-    ) {
-        let row = &self.data[row * self.dim..][..self.dim];
-        if !WHOLE {
-            return into.take(simd, 0, self.packing.load(simd, &cut_group::<P>(row, at)));
-        }
-        let groups: &[_; COUNT] = groups::<P, COUNT>(row, at);
-        for (i, group) in groups.iter().enumerate() {
-            into.take(simd, i, self.packing.load(simd, group));
-            simd.in_turn();
-        }
+    fn open<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, Plain<P>> {
+        Row::new(Plain(self.packing), row_of(self.data, row, self.dim), splat(simd, weight), self.dim)
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd, const COUNT: usize>(self, simd: S, row: u64) {
+    fn has_cached(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn cached<S: Simd>(
+        &self,
+        _simd: S,
+        _row: usize,
+        _weight: Option<f32>,
+    ) -> Option<Row<'_, S, Plain<Fp32>>> {
+        None
+    }
+
+    #[inline(always)]
+    fn bytes(&self, row: u64) -> (*const u8, usize) {
         let at = (row as usize).wrapping_mul(self.dim);
-        let bytes = LANES * size_of::<u16>();
-        prefetch_row::<S, COUNT>(
-            simd,
-            self.data.as_ptr().wrapping_add(at).cast(),
-            bytes,
-            self.dim * size_of::<u16>(),
-        );
+        (self.data.as_ptr().wrapping_add(at).cast(), self.dim * size_of::<P::Unit>())
+    }
+
+    #[inline(always)]
+    fn scale(&self, _row: u64) -> Option<*const u8> {
+        None
     }
 }
 
-/// Rows of a quantized format: an element is `scale * code + bias`, rounded after the product and after the sum; those of
-/// cached rows are as they are.
-///
-/// So a pooled row has the same bits as one pooled over the decoded rows.
+/// Rows of a quantized format; those of cached rows are as they are.
 #[derive(Clone, Copy)]
-pub(crate) struct QuantizedRows<'a, P> {
-    pub(crate) packing: P,
+pub(crate) struct QuantizedRows<'a, R> {
+    pub(crate) reading: R,
     pub(crate) codes: &'a [u8],
     pub(crate) scales: Scales<'a>,
     pub(crate) row_bytes: usize,
@@ -380,7 +577,9 @@ pub(crate) struct QuantizedRows<'a, P> {
     pub(crate) cache: CachedRows<'a>,
 }
 
-impl<P: Packing<Unit = u8>> Rows for QuantizedRows<'_, P> {
+impl<R: CodeReading> Rows for QuantizedRows<'_, R> {
+    type Reading = R;
+
     #[inline(always)]
     fn dim(self) -> usize {
         self.dim
@@ -388,75 +587,70 @@ impl<P: Packing<Unit = u8>> Rows for QuantizedRows<'_, P> {
 
     #[inline(always)]
     fn of_vectors(self, vectors: usize) -> Self {
-        Self { dim: vectors * LANES, row_bytes: vectors * size_of::<P::Group>(), ..self }
+        Self { dim: vectors * LANES, row_bytes: vectors * size_of::<R::Group>(), ..self }
     }
 
     #[inline(always)]
-    fn each<S: Simd, const COUNT: usize, const WHOLE: bool>(
-        self,
-        simd: S,
-        row: usize,
-        at: usize,
-        into: &mut impl Take<S>,
-    ) {
-        let [scale, bias] = self.scales.get(row);
-        if scale.is_nan()
-            && let Some(cached) = self.cache.get(row, self.scales, self.dim)
-        {
-            return each_fp32::<S, COUNT, WHOLE>(simd, cached, at, into);
-        }
-        let codes = &self.codes[row * self.row_bytes..][..self.row_bytes];
-        let affine = [simd.splat(scale), simd.splat(bias)];
-        if WHOLE {
-            return self.packing.each_scaled(simd, groups::<P, COUNT>(codes, at), affine, into);
-        }
-        let mut loaded = Kept(affine[0]);
-        self.packing.each_scaled(simd, &[cut_group::<P>(codes, at)], affine, &mut loaded);
-        into.take(simd, 0, simd.first(loaded.0, self.dim - at));
+    fn open<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, R> {
+        let with = self.reading.with(simd, self.scales.splat(simd, row), splat(simd, weight));
+        Row::new(self.reading, row_of(self.codes, row, self.row_bytes), with, self.dim)
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd, const COUNT: usize>(self, simd: S, row: u64) {
-        let row = row as usize;
-        let at = row.wrapping_mul(self.row_bytes);
-        prefetch_row::<S, COUNT>(
-            simd,
-            self.codes.as_ptr().wrapping_add(at),
-            size_of::<P::Group>(),
-            self.row_bytes,
-        );
-        simd.prefetch(self.scales.address(row));
+    fn has_cached(&self) -> bool {
+        !self.cache.is_empty()
+    }
+
+    #[inline(always)]
+    fn cached<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Option<Row<'_, S, Plain<Fp32>>> {
+        let units = self.cache.get(row, self.scales, self.dim)?;
+        Some(Row::new(Plain(Fp32), units, splat(simd, weight), self.dim))
+    }
+
+    #[inline(always)]
+    fn bytes(&self, row: u64) -> (*const u8, usize) {
+        let at = (row as usize).wrapping_mul(self.row_bytes);
+        (self.codes.as_ptr().wrapping_add(at), self.row_bytes)
+    }
+
+    #[inline(always)]
+    fn scale(&self, row: u64) -> Option<*const u8> {
+        Some(self.scales.address(row as usize))
     }
 }
 
 /// Runs `$body` with `$rows` the rows that a [`RowsRef`](crate::table_rows::RowsRef) is of, whatever their format.
 macro_rules! with_rows {
     ($rows_ref:expr, |$rows:ident| $body:expr) => {{
-        use $crate::rows::{Bf16, Fp16, Int2, Int4, Int8};
+        use $crate::rows::{Bf16, Chosen, ChosenInPairs, Fp16, Fp32, Int2, Int8, LONG, Scaled};
         let of: $crate::table_rows::RowsRef = $rows_ref;
         match of.format {
             $crate::RowFormat::Fp32 => {
-                let $rows = $crate::rows::Fp32Rows { data: bytemuck::cast_slice(of.elements), dim: of.dim };
+                let $rows = of.plain(Fp32);
                 $body
             }
             $crate::RowFormat::Fp16 => {
-                let $rows = of.half(Fp16);
+                let $rows = of.plain(Fp16);
                 $body
             }
             $crate::RowFormat::Bf16 => {
-                let $rows = of.half(Bf16);
+                let $rows = of.plain(Bf16);
                 $body
             }
             $crate::RowFormat::Int8 => {
-                let $rows = of.quantized(Int8);
+                let $rows = of.quantized(Scaled(Int8));
+                $body
+            }
+            $crate::RowFormat::Int4 if of.dim < LONG => {
+                let $rows = of.quantized(Chosen(of.codebook));
                 $body
             }
             $crate::RowFormat::Int4 => {
-                let $rows = of.quantized(Int4(of.codebook));
+                let $rows = of.quantized(ChosenInPairs(of.codebook));
                 $body
             }
             $crate::RowFormat::Int2 => {
-                let $rows = of.quantized(Int2);
+                let $rows = of.quantized(Scaled(Int2));
                 $body
             }
         }

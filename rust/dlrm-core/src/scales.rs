@@ -171,6 +171,16 @@ impl<'a> Scales<'a> {
         }
     }
 
+    /// The same, each in all lanes of a vector.
+    #[inline(always)]
+    pub(crate) fn splat<S: Simd>(self, simd: S, row: usize) -> [S::V; 2] {
+        match self {
+            Self::Fp32(pairs) => [simd.splat(pairs[row][0]), simd.splat(pairs[row][1])],
+            Self::Fp16(pairs) => [simd.splat(fp16(pairs[row][0])), simd.splat(fp16(pairs[row][1]))],
+            Self::Bf16(pairs) => simd.splat_bf16(&pairs[row]),
+        }
+    }
+
     /// The way of a row that a cache has, if it is [marked](mark) as one.
     #[inline(always)]
     pub(crate) fn way(self, row: usize) -> Option<usize> {

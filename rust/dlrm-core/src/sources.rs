@@ -2,9 +2,8 @@
 
 use std::ops::Range;
 
-use crate::bags::{Bags, with_ids};
+use crate::bags::{Bags, count, with_ids};
 use crate::disjoint::Disjoint;
-use crate::kernels::pool::count;
 use crate::lookup::Pooling;
 use crate::memory::zeros;
 use crate::pieces::{self, Size};

@@ -5,7 +5,7 @@ use crate::encode::{Encoding, Method};
 use crate::kernels::{LANES, Lanes};
 use crate::memory::{Borrowed, Keeper, Memory};
 use crate::packed::check_codebook;
-use crate::rows::{HalfRows, Packing, QuantizedRows};
+use crate::rows::{Packing, PlainRows, QuantizedRows, Reading};
 use crate::scales::{ScaleFormat, Scales};
 use crate::{Context, Error, Result, RowFormat, TableSpec};
 
@@ -241,13 +241,13 @@ impl<'a> RowsRef<'a> {
         }
     }
 
-    pub(crate) fn half<P: Packing>(self, packing: P) -> HalfRows<'a, P> {
-        HalfRows { packing, data: bytemuck::cast_slice(self.elements), dim: self.dim }
+    pub(crate) fn plain<P: Packing>(self, packing: P) -> PlainRows<'a, P> {
+        PlainRows { packing, data: bytemuck::cast_slice(self.elements), dim: self.dim }
     }
 
-    pub(crate) fn quantized<P: Packing>(self, packing: P) -> QuantizedRows<'a, P> {
+    pub(crate) fn quantized<R: Reading>(self, reading: R) -> QuantizedRows<'a, R> {
         QuantizedRows {
-            packing,
+            reading,
             codes: self.elements,
             scales: Scales::new(self.scale_format, self.scales),
             row_bytes: self.format.row_bytes(self.dim),

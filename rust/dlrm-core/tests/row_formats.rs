@@ -4,7 +4,8 @@ mod common;
 
 use common::{DIMS, any_case, bits, contexts, noise};
 use dlrm_core::{
-    Context, Encoding, Error, Level, Method, Output, RowFormat, ScaleFormat, TableRows, TableSpec,
+    Bags, Context, Encoding, Error, Feature, Ids, Level, Method, Offsets, Output, Pooling, RowFormat,
+    ScaleFormat, TableRows, TableSet, TableSpec,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -93,15 +94,16 @@ proptest! {
         }
     }
 
-    /// Lookups of rows in mixed formats have the same bits everywhere, and those of the same rows as fp32.
+    /// Lookups of rows in mixed formats have the same bits everywhere. Those of the same rows as fp32 have these bits too where
+    /// elements are added one by one, and are as near as rounding allows elsewhere.
     #[test]
-    fn pooling_has_the_bits_of_pooling_the_decoded_rows(
+    fn pooling_is_the_same_everywhere_and_that_of_the_decoded_rows(
         case in any_case(),
         chosen in prop::collection::vec(0..encodings().len(), 4),
     ) {
         let arrays = case.arrays();
         let bags = case.call(&arrays);
-        let mut expected = None;
+        let mut expected = [None, None];
         for ctx in contexts() {
             let set = case.set(&ctx);
             for (t, &chosen) in chosen.iter().enumerate().take(case.tables.len()) {
@@ -126,12 +128,30 @@ proptest! {
                     prop_assert_eq!(fp16[i].to_bits(), f16::from_f32(out[i]).to_bits());
                     prop_assert_eq!(half[i].to_bits(), bf16::from_f32(out[i]).to_bits());
                 }
-                let to_bits = |x: &[f16]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                let half: Vec<u16> = half.iter().map(|x| x.to_bits()).collect();
-                let now = (bits(&out), to_bits(&fp16), half, argmax);
-                let expected = expected.get_or_insert_with(|| now.clone());
+                let now = (bits(&out), argmax);
+                let expected = expected[usize::from(decoded)].get_or_insert_with(|| now.clone());
                 prop_assert_eq!(&*expected, &now, "{:?} on {} threads", ctx.level, ctx.threads);
             }
+        }
+        let [Some((coded, places)), Some((decoded, decoded_places))] = expected else {
+            unreachable!("there is a context");
+        };
+        prop_assert_eq!(places, decoded_places);
+        let mut at = 0;
+        for (f, ids) in case.output_rows() {
+            let Feature { table, pooling, .. } = case.features[f];
+            let one_by_one = !matches!(encodings()[chosen[table]].format, RowFormat::Int8 | RowFormat::Int2)
+                || matches!(pooling, Pooling::None | Pooling::Max);
+            // Elements, and what codes stand for without the bias, are below 4 in size.
+            let allowed = if one_by_one { 0.0 } else { 4.0 * f32::EPSILON * (ids.len() as f32).powi(2) };
+            for i in at..at + case.tables[table].1 {
+                let (a, b) = (f32::from_bits(coded[i]), f32::from_bits(decoded[i]));
+                prop_assert!(
+                    (a - b).abs() <= allowed && (allowed > 0.0 || coded[i] == decoded[i]),
+                    "{a:e} of codes, {b:e} of what they decode to, {} ids", ids.len()
+                );
+            }
+            at += case.tables[table].1;
         }
     }
 
@@ -191,6 +211,67 @@ fn formula(x: &[f32], format: RowFormat, scales: ScaleFormat) -> (f32, f32, Vec<
     };
     let code = |&x: &f32| ((x - bias) * inverse).round_ties_even().clamp(0.0, n) as u8;
     (scale, bias, x.iter().map(code).collect())
+}
+
+/// The sum of int8 rows as `kernels/pool.rs` has it, by fours or one by one, one element after another.
+fn sum_of_codes(rows: &[(f32, f32, Vec<u8>)], weights: &[f32], by: usize, c: usize) -> f32 {
+    let mut sum = None;
+    let mut add = |rows: &[(f32, f32, Vec<u8>)], weights: &[f32]| {
+        let bias = rows.iter().zip(weights).map(|((_, bias, _), w)| bias * w).reduce(|a, b| a + b).unwrap();
+        let mut onto = sum.map_or(bias, |sum: f32| sum + bias);
+        for ((scale, _, codes), w) in rows.iter().zip(weights) {
+            onto = f32::from(codes[c]).mul_add(scale * w, onto);
+        }
+        sum = Some(onto);
+    };
+    let whole = rows.len() / by * by;
+    rows[..whole].chunks(by).zip(weights.chunks(by)).for_each(|(rows, weights)| add(rows, weights));
+    rows[whole..].chunks(1).zip(weights[whole..].chunks(1)).for_each(|(rows, weights)| add(rows, weights));
+    sum.unwrap_or(0.0)
+}
+
+#[test]
+fn sums_of_codes_are_the_formula() {
+    let (rows, dim, bags) = (40, 35, 12);
+    let source = rows_of(5, rows, dim, 0.7, 0.2);
+    let format = encoding(RowFormat::Int8, Method::MinMax, None);
+    let made = TableRows::encode(&source, &spec(rows, dim), format, &Context::default()).unwrap().rows;
+    let parts: Vec<_> = (0..rows).map(|row| parts(&made, dim, row)).collect();
+    // Bags of 0 to 11 ids.
+    let offsets: Vec<i64> = (0..=bags).map(|bag| bag * (bag - 1) / 2).collect();
+    let ids: Vec<i64> = (0..offsets[bags as usize]).map(|i| i * 7 % rows as i64).collect();
+    let weights: Vec<f32> = (0..ids.len()).map(|i| noise(6, i)).collect();
+    let ones = vec![1.0; ids.len()];
+    for (padding, by) in [(None, 4), (Some(39), 1)] {
+        let feature = Feature { table: 0, pooling: Pooling::Sum, padding };
+        let kept = |position: &usize| padding.is_none_or(|padding| ids[*position] != padding as i64);
+        for weights in [None, Some(&weights[..])] {
+            for level in Level::available() {
+                let ctx = Context { level, ..Context::default() };
+                let table =
+                    ("t".into(), TableRows::encode(&source, &spec(rows, dim), format, &ctx).unwrap().rows);
+                let set = TableSet::of_rows(vec![table], vec![feature], &ctx).unwrap();
+                let call =
+                    Bags::new(Ids::I64(&ids), Offsets::I64(&offsets), 1, bags as usize, weights).unwrap();
+                let mut out = vec![f32::NAN; set.output_len(&call)];
+                set.lookup(&call, Output::Fp32(&mut out), None, &ctx).unwrap();
+                for (bag, out) in out.chunks(dim).enumerate() {
+                    let positions = (offsets[bag] as usize..offsets[bag + 1] as usize).filter(kept);
+                    let positions: Vec<_> = positions.collect();
+                    let rows: Vec<_> = positions.iter().map(|&p| parts[ids[p] as usize].clone()).collect();
+                    let weights: Vec<_> = positions.iter().map(|&p| weights.unwrap_or(&ones)[p]).collect();
+                    for (c, x) in out.iter().enumerate() {
+                        let expected = sum_of_codes(&rows, &weights, by, c);
+                        assert_eq!(
+                            x.to_bits(),
+                            expected.to_bits(),
+                            "{level:?}, bag {bag}: {x:e} {expected:e}"
+                        );
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Numbers of a normal distribution, from the sum of 12 uniform ones less exactly as much.

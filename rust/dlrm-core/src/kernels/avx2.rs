@@ -2,13 +2,13 @@
 
 #![expect(
     unsafe_code,
-    reason = "intrinsics; every one needs avx2 or f16c and nothing else, loads and stores apart"
+    reason = "intrinsics; every one needs avx2, fma or f16c and nothing else, loads and stores apart"
 )]
 
 use std::arch::x86_64::*;
 
 use super::avx512::Avx512;
-use super::{Kernel, LANES, Lanes, Simd, Take};
+use super::{Kernel, LANES, Lanes, Simd};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(());
@@ -25,8 +25,8 @@ impl Avx2 {
     /// Runs `kernel`.
     ///
     /// # Safety
-    /// The CPU has avx2 and f16c.
-    #[target_feature(enable = "avx2,f16c")]
+    /// The CPU has avx2, fma and f16c.
+    #[target_feature(enable = "avx2,fma,f16c")]
     pub(crate) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
         kernel.run(Self(()))
     }
@@ -35,7 +35,7 @@ impl Avx2 {
 /// Wraps an intrinsic.
 macro_rules! have {
     ($call:expr) => {
-        // SAFETY: an `Avx2` is made only where the CPU has avx2 and f16c; a memory operand comes as a reference to as many
+        // SAFETY: an `Avx2` is made only where the CPU has avx2, fma and f16c; a memory operand comes as a reference to as many
         // bytes as the intrinsic, or its mask, touches.
         unsafe { $call }
     };
@@ -55,68 +55,6 @@ impl Avx2 {
     fn int8_half(self, codes: &[u8]) -> __m256 {
         let codes = &codes[..HALF];
         have!(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.as_ptr().cast()))))
-    }
-
-    /// `of[code]` of 16 codes of 4 bits.
-    #[inline(always)]
-    fn look_up(self, codes: [u8; LANES / 2], of: Pair) -> Pair {
-        have!({
-            let all = _mm256_set1_epi64x(i64::from_le_bytes(codes));
-            let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-            let low = _mm256_srlv_epi32(_mm256_shuffle_epi32::<0x00>(all), shifts);
-            let high = _mm256_srlv_epi32(_mm256_shuffle_epi32::<0x55>(all), shifts);
-            [self.at_places(low, of), self.at_places(high, of)]
-        })
-    }
-
-    /// The first bytes of all 16 lanes of `of`, their second ones, third and fourth; in both halves of a register.
-    #[inline(always)]
-    fn planes(self, of: Pair) -> [__m256i; 4] {
-        have!({
-            // Of each 4 lanes the first bytes, the second, the third, the fourth.
-            let by_byte = _mm256_broadcastsi128_si256(_mm_setr_epi8(
-                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
-            ));
-            let low = _mm256_shuffle_epi8(_mm256_castps_si256(of[0]), by_byte);
-            let high = _mm256_shuffle_epi8(_mm256_castps_si256(of[1]), by_byte);
-            let [first, second] = [_mm256_unpacklo_epi32(low, high), _mm256_unpackhi_epi32(low, high)];
-            let even = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
-            let odd = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
-            [
-                _mm256_permutevar8x32_epi32(first, even),
-                _mm256_permutevar8x32_epi32(first, odd),
-                _mm256_permutevar8x32_epi32(second, even),
-                _mm256_permutevar8x32_epi32(second, odd),
-            ]
-        })
-    }
-
-    /// What 32 codes of 4 bits stand for, of which these are the [`planes`](Self::planes): byte by byte, which are then
-    /// put together.
-    #[inline(always)]
-    fn look_up_bytes(self, codes: &[[u8; LANES / 2]; 2], planes: [__m256i; 4]) -> [Pair; 2] {
-        have!({
-            // The bytes of the codes 0 to 3, 8 to 11, 16 to 19 and 24 to 27 in one half, of the others in the other half: in
-            // such an order they come out of the unpacking below as they are wanted.
-            let order = _mm256_setr_epi8(
-                0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11,
-                14, 14, 15, 15,
-            );
-            let all = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.as_ptr().cast()));
-            let twice = _mm256_shuffle_epi8(all, order);
-            let even = _mm256_and_si256(twice, _mm256_set1_epi16(0x000F));
-            let odd = _mm256_and_si256(_mm256_srli_epi16::<4>(twice), _mm256_set1_epi16(0x0F00));
-            let codes = _mm256_or_si256(even, odd);
-            let [a, b, c, d] = planes.map(|plane| _mm256_shuffle_epi8(plane, codes));
-            let [low, high] = [_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)];
-            let [low_end, high_end] = [_mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d)];
-            [
-                [_mm256_unpacklo_epi16(low, low_end), _mm256_unpackhi_epi16(low, low_end)]
-                    .map(|v| _mm256_castsi256_ps(v)),
-                [_mm256_unpacklo_epi16(high, high_end), _mm256_unpackhi_epi16(high, high_end)]
-                    .map(|v| _mm256_castsi256_ps(v)),
-            ]
-        })
     }
 
     /// For a level that has all of this one's instructions.
@@ -236,11 +174,22 @@ impl Simd for Avx2 {
     type V = Pair;
     type M = Pair;
     type I = Ints;
+    type Planes = [__m256i; 4];
     const BLOCK: usize = 8;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Pair {
         have!([_mm256_set1_ps(x); 2])
+    }
+
+    #[inline(always)]
+    fn splat_bf16(self, pair: &[u16; 2]) -> [Pair; 2] {
+        have!({
+            let both = _mm256_set1_epi32(bytemuck::cast(*pair));
+            let first = _mm256_slli_epi32::<16>(both);
+            let second = _mm256_and_si256(both, _mm256_set1_epi32(!0xFFFF));
+            [[_mm256_castsi256_ps(first); 2], [_mm256_castsi256_ps(second); 2]]
+        })
     }
 
     #[inline(always)]
@@ -269,6 +218,11 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn mul(self, a: Pair, b: Pair) -> Pair {
         have!([_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Pair, b: Pair, c: Pair) -> Pair {
+        have!([_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])])
     }
 
     #[inline(always)]
@@ -326,31 +280,71 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn each_int4<const COUNT: usize>(
-        self,
-        from: &[[u8; LANES / 2]; COUNT],
-        of: Pair,
-        into: &mut impl Take<Self>,
-    ) {
-        // Planes pay from there on.
-        const MANY: usize = 4;
-        if COUNT < MANY {
-            for (i, codes) in from.iter().enumerate() {
-                into.take(self, i, self.look_up(*codes, of));
-                self.in_turn();
-            }
-            return;
-        }
-        let (pairs, _) = from.as_chunks();
-        let planes = self.planes(of);
-        for (i, pair) in pairs.iter().enumerate() {
-            let [first, second] = self.look_up_bytes(pair, planes);
-            into.take(self, 2 * i, first);
-            into.take(self, 2 * i + 1, second);
-            self.in_turn();
-        }
+    fn look_up(self, codes: &[u8; LANES / 2], of: Pair) -> Pair {
+        have!({
+            let all = _mm256_set1_epi64x(i64::from_le_bytes(*codes));
+            let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+            let low = _mm256_srlv_epi32(_mm256_shuffle_epi32::<0x00>(all), shifts);
+            let high = _mm256_srlv_epi32(_mm256_shuffle_epi32::<0x55>(all), shifts);
+            [self.at_places(low, of), self.at_places(high, of)]
+        })
     }
 
+    /// The first bytes of all lanes, their second ones, third and fourth; in both halves of a register.
+    #[inline(always)]
+    fn planes(self, of: Pair) -> [__m256i; 4] {
+        have!({
+            // Of each 4 lanes the first bytes, the second, the third, the fourth.
+            let by_byte = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+            ));
+            let low = _mm256_shuffle_epi8(_mm256_castps_si256(of[0]), by_byte);
+            let high = _mm256_shuffle_epi8(_mm256_castps_si256(of[1]), by_byte);
+            let [first, second] = [_mm256_unpacklo_epi32(low, high), _mm256_unpackhi_epi32(low, high)];
+            let even = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
+            let odd = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
+            [
+                _mm256_permutevar8x32_epi32(first, even),
+                _mm256_permutevar8x32_epi32(first, odd),
+                _mm256_permutevar8x32_epi32(second, even),
+                _mm256_permutevar8x32_epi32(second, odd),
+            ]
+        })
+    }
+
+    /// Byte by byte, which are then put together.
+    #[inline(always)]
+    fn look_up_pair(self, codes: &[[u8; LANES / 2]; 2], planes: [__m256i; 4]) -> [Pair; 2] {
+        have!({
+            // The bytes of the codes 0 to 3, 8 to 11, 16 to 19 and 24 to 27 in one half, of the others in the other half: in
+            // such an order they come out of the unpacking below as they are wanted.
+            let order = _mm256_setr_epi8(
+                0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11,
+                14, 14, 15, 15,
+            );
+            let all = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.as_ptr().cast()));
+            let twice = _mm256_shuffle_epi8(all, order);
+            let even = _mm256_and_si256(twice, _mm256_set1_epi16(0x000F));
+            let odd = _mm256_and_si256(_mm256_srli_epi16::<4>(twice), _mm256_set1_epi16(0x0F00));
+            let codes = _mm256_or_si256(even, odd);
+            let a = _mm256_shuffle_epi8(planes[0], codes);
+            let b = _mm256_shuffle_epi8(planes[1], codes);
+            let c = _mm256_shuffle_epi8(planes[2], codes);
+            let d = _mm256_shuffle_epi8(planes[3], codes);
+            let [low, high] = [_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)];
+            let [low_end, high_end] = [_mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d)];
+            [
+                [
+                    _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low_end)),
+                    _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low_end)),
+                ],
+                [
+                    _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high_end)),
+                    _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high_end)),
+                ],
+            ]
+        })
+    }
     #[inline(always)]
     fn load_int2(self, from: &[u8; LANES / 4]) -> Pair {
         have!({
@@ -530,14 +524,6 @@ impl Simd for Avx2 {
             _mm_storeu_ps(highests.as_mut_ptr(), all);
         });
         highests
-    }
-
-    #[inline(always)]
-    fn in_turn(self) {
-        // Left to itself, the compiler multiplies all of a row before it adds, and puts products and sums on the stack.
-        // It moves no load across this.
-        // SAFETY: it is no instruction.
-        unsafe { std::arch::asm!("", options(nostack, preserves_flags)) }
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::avx2::Avx2;
-use super::{Kernel, LANES, Lanes, Simd, Take};
+use super::{Kernel, LANES, Lanes, Simd};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(());
@@ -42,20 +42,6 @@ impl Avx512 {
             [_mm512_castps512_ps256(v), _mm256_castpd_ps(high)]
         })
     }
-
-    /// `of[code]` of 16 codes of 4 bits.
-    #[inline(always)]
-    fn look_up(self, codes: i64, of: __m512) -> __m512 {
-        have!({
-            // Each lane gets the 8 codes that its own is among, and shifts its own down; of the index of a lane only the
-            // low 4 bits count.
-            let eights = _mm512_set1_epi64(codes);
-            let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-            let codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, eights), shifts);
-            _mm512_permutexvar_ps(codes, of)
-        })
-    }
 }
 
 /// The mask of the first `n < LANES` lanes.
@@ -69,6 +55,7 @@ impl Simd for Avx512 {
     type V = __m512;
     type M = __mmask16;
     type I = __m512i;
+    type Planes = __m512;
     const BLOCK: usize = 8;
 
     #[inline(always)]
@@ -99,6 +86,11 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn mul(self, a: __m512, b: __m512) -> __m512 {
         have!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        have!(_mm512_fmadd_ps(a, b, c))
     }
 
     #[inline(always)]
@@ -152,15 +144,26 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn each_int4<const COUNT: usize>(
-        self,
-        from: &[[u8; LANES / 2]; COUNT],
-        of: __m512,
-        into: &mut impl Take<Self>,
-    ) {
-        for (i, codes) in from.iter().enumerate() {
-            into.take(self, i, self.look_up(i64::from_le_bytes(*codes), of));
-        }
+    fn look_up(self, codes: &[u8; LANES / 2], of: __m512) -> __m512 {
+        have!({
+            // Each lane gets the 8 codes that its own is among, and shifts its own down; of the index of a lane only the
+            // low 4 bits count.
+            let eights = _mm512_set1_epi64(i64::from_le_bytes(*codes));
+            let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+            let codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, eights), shifts);
+            _mm512_permutexvar_ps(codes, of)
+        })
+    }
+
+    #[inline(always)]
+    fn planes(self, of: __m512) -> __m512 {
+        of
+    }
+
+    #[inline(always)]
+    fn look_up_pair(self, codes: &[[u8; LANES / 2]; 2], of: __m512) -> [__m512; 2] {
+        [self.look_up(&codes[0], of), self.look_up(&codes[1], of)]
     }
 
     #[inline(always)]

@@ -17,7 +17,7 @@ use super::{Kernel, LANES, Lanes, Simd};
 use crate::RowFormat;
 use crate::cache::{CachedRows, Ways};
 use crate::disjoint::Disjoint;
-use crate::rows::{Int2, Int4, Int8, Map, Packing, Rows, pack_mapped};
+use crate::rows::{Int2, Int4, Int8, Map, Packing, Rows, Scaled, pack_mapped};
 use crate::scales::{self, ScaleFormat};
 use crate::table_rows::{RowsRef, UNIFORM};
 
@@ -57,7 +57,7 @@ impl CodeRows<'_> {
         let &Self { format, dim, scale_format, .. } = self;
         let (codebook, cache) = (&UNIFORM, CachedRows::NONE);
         let one = RowsRef { format, dim, elements: codes, scales: pair, scale_format, codebook, cache };
-        one.quantized(packing).copy(simd, 0, into);
+        one.quantized(Scaled(packing)).copy(simd, 0, into);
     }
 
     /// Writes a row of these elements.

@@ -160,10 +160,10 @@ impl Affine {
         self.scale.is_finite() && self.bias.is_finite()
     }
 
-    /// `scale * code + bias`.
+    /// `scale * code + bias`, rounded once.
     #[inline(always)]
     pub(super) fn decoded<S: Simd>(self, simd: S, code: S::V) -> S::V {
-        simd.add(simd.mul(code, simd.splat(self.scale)), simd.splat(self.bias))
+        simd.mul_add(code, simd.splat(self.scale), simd.splat(self.bias))
     }
 
     /// `(x - bias) / scale`.

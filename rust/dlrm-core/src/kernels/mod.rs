@@ -29,4 +29,4 @@ pub(crate) mod touched;
 pub(crate) mod train;
 pub(crate) mod within;
 
-pub(crate) use simd::{Kept, Kernel, LANES, Lanes, Simd, Take};
+pub(crate) use simd::{Kernel, LANES, Lanes, Simd};

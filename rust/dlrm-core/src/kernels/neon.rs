@@ -6,7 +6,7 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 
 use super::scalar::Scalar;
-use super::{Kept, Kernel, LANES, Lanes, Simd, Take};
+use super::{Kernel, LANES, Lanes, Simd};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Neon(());
@@ -48,6 +48,7 @@ impl Simd for Neon {
     type V = [float32x4_t; REGISTERS];
     type M = [uint32x4_t; REGISTERS];
     type I = [uint32x4_t; REGISTERS];
+    type Planes = Lanes;
     const BLOCK: usize = 4;
 
     #[inline(always)]
@@ -78,6 +79,11 @@ impl Simd for Neon {
     #[inline(always)]
     fn mul(self, a: Self::V, b: Self::V) -> Self::V {
         each!(|I| vmulq_f32(a[I], b[I]))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        each!(|I| vfmaq_f32(c[I], a[I], b[I]))
     }
 
     #[inline(always)]
@@ -129,17 +135,18 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn each_int4<const COUNT: usize>(
-        self,
-        from: &[[u8; LANES / 2]; COUNT],
-        of: Self::V,
-        into: &mut impl Take<Self>,
-    ) {
-        for (k, codes) in from.iter().enumerate() {
-            let mut chosen = Kept([0.0; LANES]);
-            Scalar.each_int4(std::array::from_ref(codes), self.lanes(of), &mut chosen);
-            into.take(self, k, self.load(&chosen.0));
-        }
+    fn look_up(self, codes: &[u8; LANES / 2], of: Self::V) -> Self::V {
+        self.load(&Scalar.look_up(codes, self.lanes(of)))
+    }
+
+    #[inline(always)]
+    fn planes(self, of: Self::V) -> Lanes {
+        self.lanes(of)
+    }
+
+    #[inline(always)]
+    fn look_up_pair(self, codes: &[[u8; LANES / 2]; 2], of: Lanes) -> [Self::V; 2] {
+        Scalar.look_up_pair(codes, of).map(|lanes| self.load(&lanes))
     }
 
     #[inline(always)]

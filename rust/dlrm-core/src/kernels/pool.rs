@@ -8,17 +8,28 @@
 //!     none:  out[c] = r[c]                                (a unit is an id)
 //! ```
 //! Padding ids are left out everywhere but in none; a bag with no other id gives zeros, and -1 for argmax.
+//!
+//! A sum of rows of int8 and int2, whose elements are `scale * code + bias`, takes the biases of some rows before it takes
+//! their codes, so that an element costs one operation:
+//!
+//! ```text
+//! for rows in the bag, 4 by 4, and what is left one by one:
+//!     out[c] = out[c] + (bias1 * w1 + bias2 * w2 + ...)   (the bracket alone at first)
+//!     for row in rows:
+//!         out[c] = code[c] * (scale * w) + out[c]         (rounded once)
+//! ```
+//! All are taken one by one where there may be padding or cached rows, which are added as fp32 rows are.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::sum::{Terms, block, sum};
-use super::{Kernel, LANES, Simd, Take};
-use crate::bags::{Bags, Id};
+use super::{Kernel, LANES, Lanes, Simd};
+use crate::bags::{Bags, Ids};
 use crate::disjoint::Disjoint;
 use crate::lookup::{Outputs, Pooling};
-use crate::rows::{Bf16, Fp16, Rows, pack};
+use crate::rows::{Bf16, Fp16, Reading, Row, Rows, pack};
 use crate::table_set::Slot;
 
 /// How many rows, of so many cache lines each, are prefetched ahead of the one that is read: 64 lines, and 16 rows of long
@@ -31,10 +42,10 @@ pub(crate) fn ahead(row_lines: usize) -> usize {
 const GROUP: usize = 64;
 
 /// A run of one feature's units.
-pub(crate) struct Pool<'a, R, I> {
+pub(crate) struct Pool<'a, R> {
     pub(crate) rows: R,
     /// Of the whole call; those of `units` are below the number of rows.
-    pub(crate) ids: &'a [I],
+    pub(crate) ids: Ids<'a>,
     pub(crate) bags: &'a Bags<'a>,
     pub(crate) pooling: Pooling,
     /// An id to leave out; `u64::MAX` for none.
@@ -49,17 +60,17 @@ pub(crate) struct Pool<'a, R, I> {
     pub(crate) argmax: Option<&'a Disjoint<'a, f32>>,
 }
 
-impl<R: Rows, I: Id> Kernel for Pool<'_, R, I> {
+impl<R: Rows> Kernel for Pool<'_, R> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let end = self.positions().end;
-        match (self.pooling, self.bags.weights) {
-            (Pooling::None, _) => self.each(simd, end),
-            (Pooling::Max, _) => self.bags_by(simd, Max, end),
-            (_, None) => self.sums::<S, false>(simd, end),
-            (_, Some(_)) => self.sums::<S, true>(simd, end),
+        match self.pooling {
+            Pooling::None => self.each(simd, end),
+            Pooling::Max => self.bags_by(simd, Max, end),
+            _ if R::Reading::IN_PAIRS => self.sums::<S, 2>(simd, end),
+            _ => self.sums::<S, 4>(simd, end),
         }
     }
 }
@@ -67,10 +78,10 @@ impl<R: Rows, I: Id> Kernel for Pool<'_, R, I> {
 /// How a bag becomes a row.
 trait Mode: Copy {
     /// Pools the ids at `bag` into `out`, the row of `unit`; `end` is where the ids of the piece end.
-    fn pool<S: Simd, R: Rows, I: Id>(
+    fn pool<S: Simd, R: Rows>(
         &self,
         simd: S,
-        of: &Pool<R, I>,
+        of: &Pool<R>,
         unit: usize,
         bag: Range<usize>,
         end: usize,
@@ -78,7 +89,7 @@ trait Mode: Copy {
     );
 }
 
-impl<R: Rows, I: Id> Pool<'_, R, I> {
+impl<R: Rows> Pool<'_, R> {
     /// Where the ids of all units are.
     #[inline(always)]
     pub(crate) fn positions(&self) -> Range<usize> {
@@ -89,23 +100,28 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
         self.bags.bounds(self.first + self.units.start).start..self.bags.bounds(last).end
     }
 
-    /// Sum or mean of every bag.
+    /// Sum or mean of every bag, so many rows at once.
     #[inline(always)]
-    fn sums<S: Simd, const WEIGHTED: bool>(&self, simd: S, end: usize) {
+    fn sums<S: Simd, const AT_ONCE: usize>(&self, simd: S, end: usize) {
+        let rows = self.rows;
+        if self.padding != u64::MAX || rows.has_cached() {
+            return self.bags_by(simd, Sum { rows, adding: PhantomData::<Picked> }, end);
+        }
+        if self.bags.weights.is_some() {
+            return self.bags_by(simd, Sum { rows, adding: PhantomData::<All<AT_ONCE, true>> }, end);
+        }
         // Where a row's length is a constant, nothing about it is asked for every bag.
         macro_rules! rows_of {
-            ($vectors:literal, $block:literal) => {{
-                let rows = self.rows.of_vectors($vectors);
-                self.bags_by(simd, Sum::<_, $vectors, $block, WEIGHTED> { rows }, end)
-            }};
+            ($rows:expr) => {
+                self.bags_by(simd, Sum { rows: $rows, adding: PhantomData::<All<AT_ONCE, false>> }, end)
+            };
         }
-        match self.rows.dim() {
-            16 => rows_of!(1, 1),
-            32 => rows_of!(2, 2),
-            64 => rows_of!(4, 4),
-            128 if S::BLOCK >= 8 => rows_of!(8, 8),
-            128 => rows_of!(8, 4),
-            _ => self.bags_by(simd, Sum::<_, 0, 0, WEIGHTED> { rows: self.rows }, end),
+        match rows.dim() {
+            16 => rows_of!(rows.of_vectors(1)),
+            32 => rows_of!(rows.of_vectors(2)),
+            64 => rows_of!(rows.of_vectors(4)),
+            128 => rows_of!(rows.of_vectors(8)),
+            _ => rows_of!(rows),
         }
     }
 
@@ -122,15 +138,13 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
             if unit == self.units.start {
                 self.start(simd, starts[0], end);
             }
-            if let Outputs::Fp32(out) = self.out {
-                for (bounds, unit) in starts.windows(2).zip(group.clone()) {
-                    mode.pool(simd, self, unit, bounds[0]..bounds[1], end, self.output(out, unit));
-                }
-            } else {
-                for (bounds, unit) in starts.windows(2).zip(group.clone()) {
-                    mode.pool(simd, self, unit, bounds[0]..bounds[1], end, &mut row);
-                    self.round(simd, &row, unit);
-                }
+            for (bounds, unit) in starts.windows(2).zip(group.clone()) {
+                let into = match self.out {
+                    Outputs::Fp32(out) => self.output(out, unit),
+                    Outputs::Fp16(_) | Outputs::Bf16(_) => &mut *row,
+                };
+                mode.pool(simd, self, unit, bounds[0]..bounds[1], end, into);
+                self.round(simd, &row, unit);
             }
             unit = group.end;
         }
@@ -143,14 +157,14 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
         self.start(simd, self.first + self.units.start, end);
         for unit in self.units.clone() {
             let position = self.first + unit;
-            self.prefetch(simd, position + self.ahead, end);
-            let id = self.ids[position].row() as usize;
-            if let Outputs::Fp32(out) = self.out {
-                self.rows.copy(simd, id, self.output(out, unit));
-            } else {
-                self.rows.copy(simd, id, &mut row);
-                self.round(simd, &row, unit);
-            }
+            self.prefetch::<S, 1>(simd, &self.rows, position + self.ahead, end);
+            let into = match self.out {
+                Outputs::Fp32(out) => self.output(out, unit),
+                Outputs::Fp16(_) | Outputs::Bf16(_) => &mut *row,
+            };
+            let [id] = self.ids.rows(position);
+            self.rows.copy(simd, id as usize, into);
+            self.round(simd, &row, unit);
         }
     }
 
@@ -184,15 +198,46 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
     #[inline(always)]
     fn start<S: Simd>(&self, simd: S, from: usize, end: usize) {
         for position in from..end.min(from + self.ahead) {
-            self.prefetch(simd, position, end);
+            prefetch::<S, _, 1>(simd, &self.rows, self.ids.rows(position));
         }
     }
 
-    /// Starts to bring near the row of the id at `position`, if that is before `end`.
+    /// Starts to bring near the rows of `COUNT` ids from `position` on, as far as these are before `end`.
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, simd: S, position: usize, end: usize) {
-        if position < end {
-            self.rows.prefetch::<S, 0>(simd, self.ids[position].row());
+    fn prefetch<S: Simd, const COUNT: usize>(&self, simd: S, rows: &impl Rows, position: usize, end: usize) {
+        if position + COUNT <= end {
+            prefetch::<S, _, COUNT>(simd, rows, self.ids.rows(position));
+        } else {
+            for position in position..end {
+                prefetch::<S, _, 1>(simd, rows, self.ids.rows(position));
+            }
+        }
+    }
+}
+
+/// Starts to bring some rows near; they may be any numbers.
+#[inline(always)]
+fn prefetch<S: Simd, R: Rows, const COUNT: usize>(simd: S, rows: &R, some: [u64; COUNT]) {
+    const LINE: usize = 64;
+    let bytes = some.map(|row| rows.bytes(row).0);
+    let (_, row_bytes) = rows.bytes(0);
+    // Tables begin on a cache line, so rows of such lengths reach into as few lines as they can.
+    if row_bytes.is_multiple_of(LINE) || row_bytes.is_power_of_two() {
+        let mut line = 0;
+        while line < row_bytes {
+            for at in bytes {
+                simd.prefetch(at.wrapping_add(line));
+            }
+            line += LINE;
+        }
+    } else {
+        for at in bytes {
+            simd.prefetch_bytes(at, row_bytes);
+        }
+    }
+    for row in some {
+        if let Some(scale) = rows.scale(row) {
+            simd.prefetch(scale);
         }
     }
 }
@@ -203,10 +248,10 @@ struct Max;
 
 impl Mode for Max {
     #[inline(always)]
-    fn pool<S: Simd, R: Rows, I: Id>(
+    fn pool<S: Simd, R: Rows>(
         &self,
         simd: S,
-        of: &Pool<R, I>,
+        of: &Pool<R>,
         unit: usize,
         bag: Range<usize>,
         end: usize,
@@ -218,9 +263,9 @@ impl Mode for Max {
             let mut places = simd.splat(f32::from_bits(u32::MAX)); // -1
             let mut empty = true;
             for position in bag.clone() {
-                let id = of.ids[position].row();
+                let [id] = of.ids.rows(position);
                 if at == 0 {
-                    of.prefetch(simd, position + of.ahead, end);
+                    of.prefetch::<S, 1>(simd, &of.rows, position + of.ahead, end);
                 }
                 if id == of.padding {
                     continue;
@@ -244,109 +289,216 @@ impl Mode for Max {
     }
 }
 
-/// Sum or mean of a bag; rows are `VECTORS` vectors, of which `BLOCK` are summed at once, or of any length where that is 0.
+/// Sum or mean of a bag of `rows`, which [`Adding`] adds.
 #[derive(Clone, Copy)]
-struct Sum<R, const VECTORS: usize, const BLOCK: usize, const WEIGHTED: bool> {
+struct Sum<R, A> {
     rows: R,
+    adding: PhantomData<A>,
 }
 
-impl<Q: Rows, const VECTORS: usize, const BLOCK: usize, const WEIGHTED: bool> Mode
-    for Sum<Q, VECTORS, BLOCK, WEIGHTED>
-{
+/// How the rows of a bag are added.
+trait Adding: Copy {
+    /// Adds the rows of a bag to `sum`; `end` is where the ids of the piece end.
+    fn add<S: Simd, R: Rows, P: Rows>(
+        simd: S,
+        of: &Pool<P>,
+        bag: Range<usize>,
+        end: usize,
+        sum: &mut BagSum<R>,
+    );
+}
+
+/// All of them, `AT_ONCE` by `AT_ONCE`.
+#[derive(Clone, Copy)]
+struct All<const AT_ONCE: usize, const WEIGHTED: bool>;
+
+/// One by one, those of padding not, and cached ones from where they are.
+#[derive(Clone, Copy)]
+struct Picked;
+
+impl<Q: Rows, A: Adding> Mode for Sum<Q, A> {
     #[inline(always)]
-    fn pool<S: Simd, R: Rows, I: Id>(
+    fn pool<S: Simd, R: Rows>(
         &self,
         simd: S,
-        of: &Pool<R, I>,
+        of: &Pool<R>,
         _unit: usize,
         bag: Range<usize>,
         end: usize,
         out: &mut [f32],
     ) {
-        let mean = of.pooling == Pooling::Mean;
-        let divisor = mean.then(|| count(&of.ids[bag.clone()], of.padding).max(1) as f32);
-        let terms = BagRows::<_, _, _, VECTORS, WEIGHTED> { pool: of, rows: self.rows, end, divisor };
-        if VECTORS == 0 {
-            return sum(simd, &terms, bag, out);
-        }
-        let out = &mut out[..VECTORS * LANES];
-        let mut at = 0;
-        while at < VECTORS * LANES {
-            block::<S, _, BLOCK, true>(simd, &terms, bag.clone(), at, out);
-            at += BLOCK * LANES;
-        }
+        let mut sum = BagSum { rows: &self.rows, out: &mut out[..self.rows.dim()], empty: true };
+        A::add(simd, of, bag.clone(), end, &mut sum);
+        let divisor = (of.pooling == Pooling::Mean).then(|| of.ids.count(bag, of.padding).max(1) as f32);
+        sum.finish(simd, divisor);
     }
 }
 
-/// The rows of a bag, to be added up.
-struct BagRows<'a, Q, R, I, const OF: usize, const WEIGHTED: bool> {
-    pool: &'a Pool<'a, R, I>,
-    rows: Q,
-    /// Where the ids of the piece end.
-    end: usize,
-    /// By what a mean divides.
-    divisor: Option<f32>,
-}
-
-impl<Q: Rows, R: Rows, I: Id, const OF: usize, const WEIGHTED: bool> Terms
-    for BagRows<'_, Q, R, I, OF, WEIGHTED>
-{
+impl<const AT_ONCE: usize, const WEIGHTED: bool> All<AT_ONCE, WEIGHTED> {
+    /// The rows of `COUNT` ids from `position` on.
     #[inline(always)]
-    fn add<S: Simd, const COUNT: usize, const WHOLE: bool>(
-        &self,
+    fn some<S: Simd, R: Rows, P: Rows, const COUNT: usize>(
         simd: S,
+        of: &Pool<P>,
         position: usize,
-        at: usize,
-        sum: &mut [S::V; COUNT],
+        end: usize,
+        sum: &mut BagSum<R>,
     ) {
-        let pool = self.pool;
-        let next = position + pool.ahead;
-        if at == 0 && next < self.end {
-            self.rows.prefetch::<S, OF>(simd, pool.ids[next].row());
+        of.prefetch::<S, COUNT>(simd, sum.rows, position + of.ahead, end);
+        let ids: [u64; COUNT] = of.ids.rows(position);
+        let weight = |i: usize| if WEIGHTED { of.bags.weights.map(|w| w[position + i]) } else { None };
+        let mut rows = [sum.rows.open(simd, ids[0] as usize, weight(0)); COUNT];
+        let mut bias = rows[0].bias(simd);
+        for i in 1..COUNT {
+            rows[i] = sum.rows.open(simd, ids[i] as usize, weight(i));
+            bias = simd.add(bias, rows[i].bias(simd));
         }
-        let id = pool.ids[position].row();
-        if id == pool.padding {
-            return;
+        sum.add(simd, &Terms { rows, bias });
+    }
+}
+
+impl<const AT_ONCE: usize, const WEIGHTED: bool> Adding for All<AT_ONCE, WEIGHTED> {
+    #[inline(always)]
+    fn add<S: Simd, R: Rows, P: Rows>(
+        simd: S,
+        of: &Pool<P>,
+        bag: Range<usize>,
+        end: usize,
+        sum: &mut BagSum<R>,
+    ) {
+        let mut position = bag.start;
+        while position + AT_ONCE <= bag.end {
+            Self::some::<S, R, P, AT_ONCE>(simd, of, position, end, sum);
+            position += AT_ONCE;
         }
-        let weight = match pool.bags.weights {
-            Some(weights) if WEIGHTED => Some(simd.splat(weights[position])),
-            _ => None,
-        };
-        self.rows.each::<S, COUNT, WHOLE>(simd, id as usize, at, &mut Onto { sum, weight });
+        while position < bag.end {
+            Self::some::<S, R, P, 1>(simd, of, position, end, sum);
+            position += 1;
+        }
+    }
+}
+
+impl Adding for Picked {
+    #[inline(always)]
+    fn add<S: Simd, R: Rows, P: Rows>(
+        simd: S,
+        of: &Pool<P>,
+        bag: Range<usize>,
+        end: usize,
+        sum: &mut BagSum<R>,
+    ) {
+        for position in bag {
+            of.prefetch::<S, 1>(simd, sum.rows, position + of.ahead, end);
+            let [id] = of.ids.rows(position);
+            if id == of.padding {
+                continue;
+            }
+            // A product with 1 changes nothing.
+            let weight = Some(of.bags.weights.map_or(1.0, |weights| weights[position]));
+            if let Some(row) = sum.rows.cached(simd, id as usize, weight) {
+                sum.add(simd, &Terms { rows: [row], bias: row.bias(simd) });
+            } else {
+                let row = sum.rows.open(simd, id as usize, weight);
+                sum.add(simd, &Terms { rows: [row], bias: row.bias(simd) });
+            }
+        }
+    }
+}
+
+/// The sum of a bag's rows, while it is made.
+struct BagSum<'a, R> {
+    rows: &'a R,
+    /// The sum, unless it is `empty`.
+    out: &'a mut [f32],
+    empty: bool,
+}
+
+impl<R> BagSum<'_, R> {
+    #[inline(always)]
+    fn add<S: Simd, Q: Reading, const COUNT: usize>(&mut self, simd: S, terms: &Terms<S, Q, COUNT>) {
+        if std::mem::take(&mut self.empty) {
+            terms.add_to::<true>(simd, self.out);
+        } else {
+            terms.add_to::<false>(simd, self.out);
+        }
+    }
+
+    /// Divides by the divisor of a mean; what no row was added to is zero.
+    #[inline(always)]
+    fn finish<S: Simd>(self, simd: S, divisor: Option<f32>) {
+        if self.empty {
+            self.out.fill(0.0);
+        } else if let Some(divisor) = divisor {
+            let divisor = simd.splat(divisor);
+            let mut at = 0;
+            while at < self.out.len() {
+                let mean = simd.div(simd.load_at(self.out, at), divisor);
+                simd.store_at(self.out, at, mean);
+                at += LANES;
+            }
+        }
+    }
+}
+
+/// Rows to be added to a sum in their order, all their biases before.
+struct Terms<'a, S: Simd, Q: Reading, const ROWS: usize> {
+    rows: [Row<'a, S, Q>; ROWS],
+    bias: S::V,
+}
+
+impl<S: Simd, Q: Reading, const ROWS: usize> Terms<'_, S, Q, ROWS> {
+    /// Adds all of them to `out`, or to nothing if that is `EMPTY`.
+    #[inline(always)]
+    fn add_to<const EMPTY: bool>(&self, simd: S, out: &mut [f32]) {
+        let (out, cut) = out.as_chunks_mut();
+        // So the compiler knows that all are as long.
+        let vectors = self.rows[0].vectors();
+        let out = &mut out[..vectors];
+        let mut at = 0;
+        while Q::IN_PAIRS && at + 1 < vectors {
+            self.add_vectors::<EMPTY, 2>(simd, at, out);
+            at += 2;
+        }
+        while at < vectors {
+            self.add_vectors::<EMPTY, 1>(simd, at, out);
+            at += 1;
+        }
+        if !cut.is_empty() {
+            self.add_cut::<EMPTY>(simd, cut);
+        }
     }
 
     #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, sum: S::V, _out: &[f32], _at: usize) -> S::V {
-        match self.divisor {
-            Some(divisor) => simd.div(sum, simd.splat(divisor)),
-            None => sum,
+    fn add_vectors<const EMPTY: bool, const COUNT: usize>(&self, simd: S, at: usize, out: &mut [Lanes]) {
+        let mut sum = [self.bias; COUNT];
+        if !EMPTY {
+            for i in 0..COUNT {
+                sum[i] = self.onto(simd, simd.load(&out[at + i]));
+            }
+        }
+        for row in &self.rows {
+            row.add(simd, at, &mut sum);
+        }
+        for i in 0..COUNT {
+            simd.store(&mut out[at + i], sum[i]);
         }
     }
-}
 
-/// What rows are added to, each times a weight if there is one.
-struct Onto<'a, V, const COUNT: usize> {
-    sum: &'a mut [V; COUNT],
-    weight: Option<V>,
-}
-
-impl<S: Simd, const COUNT: usize> Take<S> for Onto<'_, S::V, COUNT> {
     #[inline(always)]
-    fn take(&mut self, simd: S, i: usize, v: S::V) {
-        let term = match self.weight {
-            Some(weight) => simd.mul(v, weight),
-            None => v,
-        };
-        self.sum[i] = simd.add(self.sum[i], term);
+    fn add_cut<const EMPTY: bool>(&self, simd: S, out: &mut [f32]) {
+        let mut sum = [self.bias];
+        if !EMPTY {
+            sum = [self.onto(simd, simd.load_partial(out))];
+        }
+        for row in &self.rows {
+            row.add_cut(simd, &mut sum);
+        }
+        simd.store_partial(out, sum[0]);
     }
-}
 
-/// How many of `ids` are not `padding`.
-#[inline(always)]
-pub(crate) fn count<I: Id>(ids: &[I], padding: u64) -> usize {
-    let mut count = 0;
-    for id in ids {
-        count += usize::from(id.row() != padding);
+    /// `sum` and the biases.
+    #[inline(always)]
+    fn onto(&self, simd: S, sum: S::V) -> S::V {
+        if Q::BIASED { simd.add(sum, self.bias) } else { sum }
     }
-    count
 }

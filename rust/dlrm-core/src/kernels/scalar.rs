@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{LANES, Lanes, Simd, Take};
+use super::{LANES, Lanes, Simd};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
@@ -16,6 +16,7 @@ impl Simd for Scalar {
     type V = Lanes;
     type M = [bool; LANES];
     type I = [u32; LANES];
+    type Planes = Lanes;
     const BLOCK: usize = 1;
 
     #[inline(always)]
@@ -46,6 +47,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn mul(self, a: Lanes, b: Lanes) -> Lanes {
         lanes(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+        lanes(|i| a[i].mul_add(b[i], c[i]))
     }
 
     #[inline(always)]
@@ -92,15 +98,18 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn each_int4<const COUNT: usize>(
-        self,
-        from: &[[u8; LANES / 2]; COUNT],
-        of: Lanes,
-        into: &mut impl Take<Self>,
-    ) {
-        for (k, codes) in from.iter().enumerate() {
-            into.take(self, k, lanes(|i| of[usize::from(codes[i / 2] >> (i % 2 * 4) & 15)]));
-        }
+    fn look_up(self, codes: &[u8; LANES / 2], of: Lanes) -> Lanes {
+        lanes(|i| of[usize::from(codes[i / 2] >> (i % 2 * 4) & 15)])
+    }
+
+    #[inline(always)]
+    fn planes(self, of: Lanes) -> Lanes {
+        of
+    }
+
+    #[inline(always)]
+    fn look_up_pair(self, codes: &[[u8; LANES / 2]; 2], of: Lanes) -> [Lanes; 2] {
+        [self.look_up(&codes[0], of), self.look_up(&codes[1], of)]
     }
 
     #[inline(always)]

@@ -16,22 +16,6 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// What becomes of vectors that are handed over one by one. No closure: the compiler does not inline each of those.
-pub(crate) trait Take<S: Simd> {
-    /// Takes vector number `i`.
-    fn take(&mut self, simd: S, i: usize, v: S::V);
-}
-
-/// The last vector that was handed over.
-pub(crate) struct Kept<V>(pub(crate) V);
-
-impl<S: Simd> Take<S> for Kept<S::V> {
-    #[inline(always)]
-    fn take(&mut self, _simd: S, _i: usize, v: S::V) {
-        self.0 = v;
-    }
-}
-
 /// The operations of one level; a value of the type is the proof that the CPU has it.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "what is loaded is in memory, however small")]
 pub(crate) trait Simd: Copy {
@@ -41,15 +25,27 @@ pub(crate) trait Simd: Copy {
     type M: Copy;
     /// [`LANES`] integers in registers, of 32 bits and without sign; sums and products of theirs wrap around.
     type I: Copy;
+    /// 16 numbers, as many choices by codes of 4 bits want them.
+    type Planes: Copy;
     /// How many vectors a sum keeps in registers at once; a power of two.
     const BLOCK: usize;
 
     fn splat(self, x: f32) -> Self::V;
+    /// Two numbers of bfloat16, each in all lanes.
+    #[inline(always)]
+    fn splat_bf16(self, pair: &[u16; 2]) -> [Self::V; 2] {
+        [
+            self.splat(f32::from_bits(u32::from(pair[0]) << 16)),
+            self.splat(f32::from_bits(u32::from(pair[1]) << 16)),
+        ]
+    }
     fn load(self, from: &Lanes) -> Self::V;
     fn store(self, to: &mut Lanes, v: Self::V);
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     fn sqrt(self, a: Self::V) -> Self::V;
     /// To the nearest integer, ties to even; `a` is below 2^22 in size.
@@ -60,9 +56,6 @@ pub(crate) trait Simd: Copy {
     fn same_bits(self, a: Self::V, b: Self::V) -> Self::M;
     /// `a` where `m`, else `b`.
     fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V;
-    /// Between two vectors of a row: where registers are few, this keeps the compiler from working on both at once.
-    #[inline(always)]
-    fn in_turn(self) {}
     /// Starts to bring the cache line at `at` near; `at` may be any address.
     fn prefetch(self, at: *const u8);
 
@@ -75,14 +68,12 @@ pub(crate) trait Simd: Copy {
     }
     /// Codes of 8 bits, as numbers.
     fn load_int8(self, from: &[u8; LANES]) -> Self::V;
-    /// Hands over, for each of `COUNT` groups of codes of 4 bits, the low ones of a byte first, the lanes of `of` that they are
-    /// the numbers of.
-    fn each_int4<const COUNT: usize>(
-        self,
-        from: &[[u8; LANES / 2]; COUNT],
-        of: Self::V,
-        into: &mut impl Take<Self>,
-    );
+    /// The lanes of `of` that 16 codes of 4 bits, the low ones of a byte first, are the numbers of.
+    fn look_up(self, codes: &[u8; LANES / 2], of: Self::V) -> Self::V;
+    /// What [`Simd::look_up_pair`] is to choose from: the lanes of `of`.
+    fn planes(self, of: Self::V) -> Self::Planes;
+    /// [`Simd::look_up`] of two at once.
+    fn look_up_pair(self, codes: &[[u8; LANES / 2]; 2], of: Self::Planes) -> [Self::V; 2];
     /// Codes of 2 bits, the low ones of a byte first, as numbers.
     fn load_int2(self, from: &[u8; LANES / 4]) -> Self::V;
     /// As half precision, to the nearest, ties to even; too large a number becomes infinite.
