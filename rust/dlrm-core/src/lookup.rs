@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 
-use crate::bags::{Bags, Id, Ids, with_ids};
+use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
 use crate::kernels::LANES;
 use crate::kernels::pool::{Pool, ahead};
@@ -83,7 +83,7 @@ impl TableSet {
                 let first = bags.first_of(feature, self.pooled);
                 let place =
                     Place { bags, feature, row_lines: table.row_lines(), first, slot: slots[feature] };
-                with_rows!(table.rows.as_ref(), |rows| call.piece(level, rows, bags.ids, place, units));
+                with_rows!(table.rows.as_ref(), |rows| call.piece(level, rows, place, units));
             })
         })??;
         self.refuse_bad_id(bags, call.bad.into_inner())
@@ -207,7 +207,6 @@ impl<'a> Lookup<'a> {
         &self,
         level: Level,
         rows: R,
-        ids: Ids,
         Place { bags, feature, row_lines, first, slot }: Place,
         units: Range<usize>,
     ) {
@@ -215,7 +214,7 @@ impl<'a> Lookup<'a> {
         let kernel = Pool {
             ahead: ahead(row_lines),
             rows,
-            ids,
+            ids: bags.ids,
             bags,
             pooling,
             padding: padding.map_or(u64::MAX, |p| p as u64),
@@ -226,7 +225,7 @@ impl<'a> Lookup<'a> {
             argmax: self.argmax.as_ref().filter(|_| pooling == Pooling::Max),
         };
         let positions = kernel.positions();
-        match with_ids!(ids, |ids| first_bad(&ids[positions.clone()], self.set.specs[table].rows)) {
+        match with_ids!(bags.ids, |ids| first_bad(&ids[positions.clone()], self.set.specs[table].rows)) {
             None => level.run(kernel),
             Some(bad) => {
                 self.bad.fetch_min(positions.start + bad, Ordering::Relaxed);

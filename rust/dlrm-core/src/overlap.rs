@@ -213,9 +213,9 @@ impl TableSet {
                 {
                     Some((some, bags)) => {
                         let place = Place { bags, first: 0, slot: slot.of_rows(&some.rows), ..whole };
-                        call.piece(level, rows, Ids::I64(&some.ids), place, units);
+                        call.piece(level, rows, place, units);
                     }
-                    None => call.piece(level, rows, bags.ids, whole, units),
+                    None => call.piece(level, rows, whole, units),
                 });
             })
         })??;

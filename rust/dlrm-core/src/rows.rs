@@ -35,13 +35,7 @@ pub(crate) trait Rows: Copy + Send + Sync {
     fn scale(&self, row: u64) -> Option<*const u8>;
 
     /// One vector of `row`, from element `at` on, as far as the row reaches; the other lanes are zero.
-    #[inline(always)]
-    fn load_at<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V {
-        match self.cached(simd, row, None) {
-            Some(row) => row.vector(simd, at, self.dim()),
-            None => self.open(simd, row, None).vector(simd, at, self.dim()),
-        }
-    }
+    fn load_at<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V;
 
     /// Writes all of `row` to `out`.
     #[inline(always)]
@@ -69,6 +63,12 @@ pub(crate) trait Reading: Copy + Send + Sync {
     /// The elements of a group.
     fn load<S: Simd>(self, simd: S, with: Self::With<S>, group: &Self::Group) -> S::V;
 
+    /// The elements of two.
+    #[inline(always)]
+    fn load_pair<S: Simd>(self, simd: S, with: Self::With<S>, pair: &[Self::Group; 2]) -> [S::V; 2] {
+        [self.load(simd, with, &pair[0]), self.load(simd, with, &pair[1])]
+    }
+
     /// Adds the elements of some groups, times the row's weight and without its bias, to `sum`.
     fn add<S: Simd, const COUNT: usize>(
         self,
@@ -93,8 +93,14 @@ pub(crate) trait Reading: Copy + Send + Sync {
 
 /// How the elements of a row are made of codes and of the row's scale and bias.
 pub(crate) trait CodeReading: Reading<Unit = u8> {
+    /// The same for a vector alone.
+    type Alone: CodeReading;
+
     /// For a row of such scale and bias, times a weight if there is one.
     fn with<S: Simd>(self, simd: S, affine: [S::V; 2], weight: Option<S::V>) -> Self::With<S>;
+
+    /// The same for a vector alone.
+    fn alone(self) -> Self::Alone;
 }
 
 /// A weight in all lanes.
@@ -173,10 +179,17 @@ impl<'a, S: Simd, R: Reading> Row<'a, S, R> {
     /// Writes all elements to `out`.
     #[inline(always)]
     fn copy(self, simd: S, out: &mut [f32]) {
+        let (pairs, rest) = out.as_chunks_mut::<{ 2 * LANES }>();
+        let done = pairs.len() * 2;
+        for (pair, out) in self.whole.as_chunks().0.iter().zip(pairs) {
+            let [first, second] = self.reading.load_pair(simd, self.with, pair);
+            simd.store_at(out, 0, first);
+            simd.store_at(out, LANES, second);
+        }
         let mut at = 0;
-        while at < out.len() {
-            let elements = self.vector(simd, at, out.len());
-            simd.store_at(out, at, elements);
+        while at < rest.len() {
+            let elements = self.vector(simd, done * LANES + at, done * LANES + rest.len());
+            simd.store_at(rest, at, elements);
             at += LANES;
         }
     }
@@ -416,9 +429,16 @@ impl<P: Packing<Unit = u8>> Reading for Scaled<P> {
 }
 
 impl<P: Packing<Unit = u8>> CodeReading for Scaled<P> {
+    type Alone = Self;
+
     #[inline(always)]
     fn with<S: Simd>(self, simd: S, [scale, bias]: [S::V; 2], weight: Option<S::V>) -> [S::V; 2] {
         [weighted(simd, scale, weight), weighted(simd, bias, weight)]
+    }
+
+    #[inline(always)]
+    fn alone(self) -> Self {
+        self
     }
 }
 
@@ -453,9 +473,16 @@ impl Reading for Chosen<'_> {
 }
 
 impl CodeReading for Chosen<'_> {
+    type Alone = Self;
+
     #[inline(always)]
     fn with<S: Simd>(self, simd: S, [scale, bias]: [S::V; 2], weight: Option<S::V>) -> S::V {
         weighted(simd, simd.mul_add(simd.load(self.0), scale, bias), weight)
+    }
+
+    #[inline(always)]
+    fn alone(self) -> Self {
+        self
     }
 }
 
@@ -479,6 +506,11 @@ impl Reading for ChosenInPairs<'_> {
     }
 
     #[inline(always)]
+    fn load_pair<S: Simd>(self, simd: S, planes: S::Planes, pair: &[Self::Group; 2]) -> [S::V; 2] {
+        simd.look_up_pair(pair, planes)
+    }
+
+    #[inline(always)]
     fn add<S: Simd, const COUNT: usize>(
         self,
         simd: S,
@@ -488,7 +520,7 @@ impl Reading for ChosenInPairs<'_> {
     ) {
         let (pairs, rest) = groups.as_chunks();
         for (i, pair) in pairs.iter().enumerate() {
-            let [first, second] = simd.look_up_pair(pair, planes);
+            let [first, second] = self.load_pair(simd, planes, pair);
             sum[2 * i] = simd.add(sum[2 * i], first);
             sum[2 * i + 1] = simd.add(sum[2 * i + 1], second);
         }
@@ -498,10 +530,17 @@ impl Reading for ChosenInPairs<'_> {
     }
 }
 
-impl CodeReading for ChosenInPairs<'_> {
+impl<'a> CodeReading for ChosenInPairs<'a> {
+    type Alone = Chosen<'a>;
+
     #[inline(always)]
     fn with<S: Simd>(self, simd: S, affine: [S::V; 2], weight: Option<S::V>) -> S::Planes {
         simd.planes(Chosen(self.0).with(simd, affine, weight))
+    }
+
+    #[inline(always)]
+    fn alone(self) -> Self::Alone {
+        Chosen(self.0)
     }
 }
 
@@ -536,6 +575,11 @@ impl<P: Packing<Unit: Send + Sync>> Rows for PlainRows<'_, P> {
     #[inline(always)]
     fn open<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, Plain<P>> {
         Row::new(Plain(self.packing), row_of(self.data, row, self.dim), splat(simd, weight), self.dim)
+    }
+
+    #[inline(always)]
+    fn load_at<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V {
+        self.open(simd, row, None).vector(simd, at, self.dim)
     }
 
     #[inline(always)]
@@ -577,6 +621,21 @@ pub(crate) struct QuantizedRows<'a, R> {
     pub(crate) cache: CachedRows<'a>,
 }
 
+impl<R: CodeReading> QuantizedRows<'_, R> {
+    /// A row in codes, read so.
+    #[inline(always)]
+    fn read<S: Simd, A: CodeReading>(
+        &self,
+        simd: S,
+        reading: A,
+        row: usize,
+        weight: Option<f32>,
+    ) -> Row<'_, S, A> {
+        let with = reading.with(simd, self.scales.splat(simd, row), splat(simd, weight));
+        Row::new(reading, row_of(self.codes, row, self.row_bytes), with, self.dim)
+    }
+}
+
 impl<R: CodeReading> Rows for QuantizedRows<'_, R> {
     type Reading = R;
 
@@ -592,8 +651,15 @@ impl<R: CodeReading> Rows for QuantizedRows<'_, R> {
 
     #[inline(always)]
     fn open<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, R> {
-        let with = self.reading.with(simd, self.scales.splat(simd, row), splat(simd, weight));
-        Row::new(self.reading, row_of(self.codes, row, self.row_bytes), with, self.dim)
+        self.read(simd, self.reading, row, weight)
+    }
+
+    #[inline(always)]
+    fn load_at<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V {
+        match self.cached(simd, row, None) {
+            Some(row) => row.vector(simd, at, self.dim),
+            None => self.read(simd, self.reading.alone(), row, None).vector(simd, at, self.dim),
+        }
     }
 
     #[inline(always)]

@@ -213,59 +213,69 @@ fn formula(x: &[f32], format: RowFormat, scales: ScaleFormat) -> (f32, f32, Vec<
     (scale, bias, x.iter().map(code).collect())
 }
 
-/// The sum of int8 rows as `kernels/pool.rs` has it, by fours or one by one, one element after another.
-fn sum_of_codes(rows: &[(f32, f32, Vec<u8>)], weights: &[f32], by: usize, c: usize) -> f32 {
+/// The sum of rows of codes as `kernels/pool.rs` has it, one element after another.
+fn sum_of_codes(rows: &[(f32, f32, Vec<u8>)], weights: &[f32], c: usize) -> f32 {
     let mut sum = None;
     let mut add = |rows: &[(f32, f32, Vec<u8>)], weights: &[f32]| {
         let bias = rows.iter().zip(weights).map(|((_, bias, _), w)| bias * w).reduce(|a, b| a + b).unwrap();
-        let mut onto = sum.map_or(bias, |sum: f32| sum + bias);
-        for ((scale, _, codes), w) in rows.iter().zip(weights) {
-            onto = f32::from(codes[c]).mul_add(scale * w, onto);
-        }
-        sum = Some(onto);
+        let onto = sum.map_or(bias, |sum: f32| sum + bias);
+        let fused = |onto, ((scale, _, codes), w): (&(f32, f32, Vec<u8>), &f32)| {
+            f32::from(codes[c]).mul_add(scale * w, onto)
+        };
+        sum = Some(rows.iter().zip(weights).fold(onto, fused));
     };
-    let whole = rows.len() / by * by;
-    rows[..whole].chunks(by).zip(weights.chunks(by)).for_each(|(rows, weights)| add(rows, weights));
-    rows[whole..].chunks(1).zip(weights[whole..].chunks(1)).for_each(|(rows, weights)| add(rows, weights));
+    let (fours, rest) = rows.split_at(rows.len() / 4 * 4);
+    fours.chunks(4).zip(weights.chunks(4)).for_each(|(rows, weights)| add(rows, weights));
+    rest.chunks(1).zip(weights[fours.len()..].chunks(1)).for_each(|(rows, weights)| add(rows, weights));
     sum.unwrap_or(0.0)
 }
 
 #[test]
 fn sums_of_codes_are_the_formula() {
-    let (rows, dim, bags) = (40, 35, 12);
-    let source = rows_of(5, rows, dim, 0.7, 0.2);
-    let format = encoding(RowFormat::Int8, Method::MinMax, None);
-    let made = TableRows::encode(&source, &spec(rows, dim), format, &Context::default()).unwrap().rows;
-    let parts: Vec<_> = (0..rows).map(|row| parts(&made, dim, row)).collect();
+    let (rows, bags) = (40, 12);
     // Bags of 0 to 11 ids.
     let offsets: Vec<i64> = (0..=bags).map(|bag| bag * (bag - 1) / 2).collect();
     let ids: Vec<i64> = (0..offsets[bags as usize]).map(|i| i * 7 % rows as i64).collect();
-    let weights: Vec<f32> = (0..ids.len()).map(|i| noise(6, i)).collect();
+    let some: Vec<f32> = (0..ids.len()).map(|i| noise(6, i)).collect();
     let ones = vec![1.0; ids.len()];
-    for (padding, by) in [(None, 4), (Some(39), 1)] {
-        let feature = Feature { table: 0, pooling: Pooling::Sum, padding };
-        let kept = |position: &usize| padding.is_none_or(|padding| ids[*position] != padding as i64);
-        for weights in [None, Some(&weights[..])] {
-            for level in Level::available() {
+    for (dim, format) in
+        [16, 35, 64, 128, 150].into_iter().flat_map(|d| [(d, RowFormat::Int8), (d, RowFormat::Int2)])
+    {
+        let source = rows_of(5, rows, dim, 0.7, 0.2);
+        let encode = |ctx: &Context| {
+            TableRows::encode(&source, &spec(rows, dim), encoding(format, Method::MinMax, None), ctx)
+                .unwrap()
+                .rows
+        };
+        let made = encode(&Context::default());
+        let parts: Vec<_> = (0..rows).map(|row| parts(&made, dim, row)).collect();
+        for (pooling, padding) in
+            [Pooling::Sum, Pooling::Mean].into_iter().flat_map(|p| [(p, None), (p, Some(39))])
+        {
+            let kept =
+                |position: &usize| padding.is_none_or(|padding: usize| ids[*position] != padding as i64);
+            for (weights, level) in
+                Level::available().flat_map(|level| [(None, level), (Some(&some[..]), level)])
+            {
                 let ctx = Context { level, ..Context::default() };
-                let table =
-                    ("t".into(), TableRows::encode(&source, &spec(rows, dim), format, &ctx).unwrap().rows);
-                let set = TableSet::of_rows(vec![table], vec![feature], &ctx).unwrap();
+                let feature = Feature { table: 0, pooling, padding };
+                let set = TableSet::of_rows(vec![("t".into(), encode(&ctx))], vec![feature], &ctx).unwrap();
                 let call =
                     Bags::new(Ids::I64(&ids), Offsets::I64(&offsets), 1, bags as usize, weights).unwrap();
                 let mut out = vec![f32::NAN; set.output_len(&call)];
                 set.lookup(&call, Output::Fp32(&mut out), None, &ctx).unwrap();
                 for (bag, out) in out.chunks(dim).enumerate() {
-                    let positions = (offsets[bag] as usize..offsets[bag + 1] as usize).filter(kept);
-                    let positions: Vec<_> = positions.collect();
+                    let positions = offsets[bag] as usize..offsets[bag + 1] as usize;
+                    let positions: Vec<_> = positions.filter(kept).collect();
                     let rows: Vec<_> = positions.iter().map(|&p| parts[ids[p] as usize].clone()).collect();
                     let weights: Vec<_> = positions.iter().map(|&p| weights.unwrap_or(&ones)[p]).collect();
+                    let divisor = if pooling == Pooling::Mean { rows.len().max(1) as f32 } else { 1.0 };
                     for (c, x) in out.iter().enumerate() {
-                        let expected = sum_of_codes(&rows, &weights, by, c);
+                        let expected = sum_of_codes(&rows, &weights, c) / divisor;
                         assert_eq!(
                             x.to_bits(),
                             expected.to_bits(),
-                            "{level:?}, bag {bag}: {x:e} {expected:e}"
+                            "{format} D {dim} {pooling} {padding:?} {level:?}, bag {bag}: {x:e} {expected:e}"
                         );
                     }
                 }

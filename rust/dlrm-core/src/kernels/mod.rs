@@ -2,8 +2,8 @@
 //!
 //! A [`Kernel`] is an algorithm over [`Simd`], the operations of one level on vectors of [`LANES`] numbers. A vector has
 //! 16 lanes at every level (one register of AVX-512, two of AVX2, four of NEON), so an algorithm adds the same numbers
-//! in the same order everywhere and the results have the same bits. For the same reason no level fuses a multiplication
-//! with an addition. [`scalar`] is the specification.
+//! in the same order everywhere and the results have the same bits. For the same reason a multiplication is fused
+//! with an addition at every level (`mul_add`) or at none. [`scalar`] is the specification.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;

@@ -146,7 +146,8 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn look_up_pair(self, codes: &[[u8; LANES / 2]; 2], of: Lanes) -> [Self::V; 2] {
-        Scalar.look_up_pair(codes, of).map(|lanes| self.load(&lanes))
+        let [first, second] = Scalar.look_up_pair(codes, of);
+        [self.load(&first), self.load(&second)]
     }
 
     #[inline(always)]

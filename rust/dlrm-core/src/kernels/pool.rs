@@ -18,7 +18,8 @@
 //!     for row in rows:
 //!         out[c] = code[c] * (scale * w) + out[c]         (rounded once)
 //! ```
-//! All are taken one by one where there may be padding or cached rows, which are added as fp32 rows are.
+//! All are taken one by one in a table that has cached rows, which are added as fp32 rows are. Products with the weight come first,
+//! so a weight that is infinite makes NaN of a code that is zero.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -104,8 +105,11 @@ impl<R: Rows> Pool<'_, R> {
     #[inline(always)]
     fn sums<S: Simd, const AT_ONCE: usize>(&self, simd: S, end: usize) {
         let rows = self.rows;
-        if self.padding != u64::MAX || rows.has_cached() {
-            return self.bags_by(simd, Sum { rows, adding: PhantomData::<Picked> }, end);
+        if rows.has_cached() {
+            return self.bags_by(simd, Sum { rows, adding: PhantomData::<OneByOne> }, end);
+        }
+        if self.padding != u64::MAX {
+            return self.bags_by(simd, Sum { rows, adding: PhantomData::<Kept<AT_ONCE>> }, end);
         }
         if self.bags.weights.is_some() {
             return self.bags_by(simd, Sum { rows, adding: PhantomData::<All<AT_ONCE, true>> }, end);
@@ -166,6 +170,12 @@ impl<R: Rows> Pool<'_, R> {
             self.rows.copy(simd, id as usize, into);
             self.round(simd, &row, unit);
         }
+    }
+
+    /// The weight of the id at `position`: 1, a product with which changes nothing, where there are none.
+    #[inline(always)]
+    fn weight(&self, position: usize) -> f32 {
+        self.bags.weights.map_or(1.0, |weights| weights[position])
     }
 
     /// Room for a row that is yet to be rounded to the output's precision.
@@ -312,9 +322,13 @@ trait Adding: Copy {
 #[derive(Clone, Copy)]
 struct All<const AT_ONCE: usize, const WEIGHTED: bool>;
 
-/// One by one, those of padding not, and cached ones from where they are.
+/// Those that are not of padding, likewise.
 #[derive(Clone, Copy)]
-struct Picked;
+struct Kept<const AT_ONCE: usize>;
+
+/// Those that are not of padding one by one, cached ones from where they are.
+#[derive(Clone, Copy)]
+struct OneByOne;
 
 impl<Q: Rows, A: Adding> Mode for Sum<Q, A> {
     #[inline(always)]
@@ -334,29 +348,6 @@ impl<Q: Rows, A: Adding> Mode for Sum<Q, A> {
     }
 }
 
-impl<const AT_ONCE: usize, const WEIGHTED: bool> All<AT_ONCE, WEIGHTED> {
-    /// The rows of `COUNT` ids from `position` on.
-    #[inline(always)]
-    fn some<S: Simd, R: Rows, P: Rows, const COUNT: usize>(
-        simd: S,
-        of: &Pool<P>,
-        position: usize,
-        end: usize,
-        sum: &mut BagSum<R>,
-    ) {
-        of.prefetch::<S, COUNT>(simd, sum.rows, position + of.ahead, end);
-        let ids: [u64; COUNT] = of.ids.rows(position);
-        let weight = |i: usize| if WEIGHTED { of.bags.weights.map(|w| w[position + i]) } else { None };
-        let mut rows = [sum.rows.open(simd, ids[0] as usize, weight(0)); COUNT];
-        let mut bias = rows[0].bias(simd);
-        for i in 1..COUNT {
-            rows[i] = sum.rows.open(simd, ids[i] as usize, weight(i));
-            bias = simd.add(bias, rows[i].bias(simd));
-        }
-        sum.add(simd, &Terms { rows, bias });
-    }
-}
-
 impl<const AT_ONCE: usize, const WEIGHTED: bool> Adding for All<AT_ONCE, WEIGHTED> {
     #[inline(always)]
     fn add<S: Simd, R: Rows, P: Rows>(
@@ -368,17 +359,47 @@ impl<const AT_ONCE: usize, const WEIGHTED: bool> Adding for All<AT_ONCE, WEIGHTE
     ) {
         let mut position = bag.start;
         while position + AT_ONCE <= bag.end {
-            Self::some::<S, R, P, AT_ONCE>(simd, of, position, end, sum);
+            of.prefetch::<S, AT_ONCE>(simd, sum.rows, position + of.ahead, end);
+            let positions = std::array::from_fn(|i| position + i);
+            sum.add::<S, P, AT_ONCE, WEIGHTED>(simd, of, positions, of.ids.rows(position));
             position += AT_ONCE;
         }
         while position < bag.end {
-            Self::some::<S, R, P, 1>(simd, of, position, end, sum);
+            of.prefetch::<S, 1>(simd, sum.rows, position + of.ahead, end);
+            sum.add::<S, P, 1, WEIGHTED>(simd, of, [position], of.ids.rows(position));
             position += 1;
         }
     }
 }
 
-impl Adding for Picked {
+impl<const AT_ONCE: usize> Adding for Kept<AT_ONCE> {
+    #[inline(always)]
+    fn add<S: Simd, R: Rows, P: Rows>(
+        simd: S,
+        of: &Pool<P>,
+        bag: Range<usize>,
+        end: usize,
+        sum: &mut BagSum<R>,
+    ) {
+        let (mut positions, mut ids) = ([0; AT_ONCE], [0; AT_ONCE]);
+        let mut count = 0;
+        for position in bag {
+            of.prefetch::<S, 1>(simd, sum.rows, position + of.ahead, end);
+            positions[count] = position;
+            [ids[count]] = of.ids.rows(position);
+            count += usize::from(ids[count] != of.padding);
+            if count == AT_ONCE {
+                sum.add::<S, P, AT_ONCE, true>(simd, of, positions, ids);
+                count = 0;
+            }
+        }
+        for i in 0..count {
+            sum.add::<S, P, 1, true>(simd, of, [positions[i]], [ids[i]]);
+        }
+    }
+}
+
+impl Adding for OneByOne {
     #[inline(always)]
     fn add<S: Simd, R: Rows, P: Rows>(
         simd: S,
@@ -393,13 +414,9 @@ impl Adding for Picked {
             if id == of.padding {
                 continue;
             }
-            // A product with 1 changes nothing.
-            let weight = Some(of.bags.weights.map_or(1.0, |weights| weights[position]));
-            if let Some(row) = sum.rows.cached(simd, id as usize, weight) {
-                sum.add(simd, &Terms { rows: [row], bias: row.bias(simd) });
-            } else {
-                let row = sum.rows.open(simd, id as usize, weight);
-                sum.add(simd, &Terms { rows: [row], bias: row.bias(simd) });
+            match sum.rows.cached(simd, id as usize, Some(of.weight(position))) {
+                Some(row) => sum.add_rows(simd, &Addends { rows: [row], bias: row.bias(simd) }),
+                None => sum.add::<S, P, 1, true>(simd, of, [position], [id]),
             }
         }
     }
@@ -413,13 +430,32 @@ struct BagSum<'a, R> {
     empty: bool,
 }
 
-impl<R> BagSum<'_, R> {
+impl<R: Rows> BagSum<'_, R> {
+    /// Adds the rows of some ids, which are at these positions, times their weights if they are `WEIGHTED`.
     #[inline(always)]
-    fn add<S: Simd, Q: Reading, const COUNT: usize>(&mut self, simd: S, terms: &Terms<S, Q, COUNT>) {
+    fn add<S: Simd, P: Rows, const COUNT: usize, const WEIGHTED: bool>(
+        &mut self,
+        simd: S,
+        of: &Pool<P>,
+        positions: [usize; COUNT],
+        ids: [u64; COUNT],
+    ) {
+        let weight = |i: usize| WEIGHTED.then(|| of.weight(positions[i]));
+        let mut rows = [self.rows.open(simd, ids[0] as usize, weight(0)); COUNT];
+        let mut bias = rows[0].bias(simd);
+        for i in 1..COUNT {
+            rows[i] = self.rows.open(simd, ids[i] as usize, weight(i));
+            bias = simd.add(bias, rows[i].bias(simd));
+        }
+        self.add_rows(simd, &Addends { rows, bias });
+    }
+
+    #[inline(always)]
+    fn add_rows<S: Simd, Q: Reading, const COUNT: usize>(&mut self, simd: S, rows: &Addends<S, Q, COUNT>) {
         if std::mem::take(&mut self.empty) {
-            terms.add_to::<true>(simd, self.out);
+            rows.add_to::<true>(simd, self.out);
         } else {
-            terms.add_to::<false>(simd, self.out);
+            rows.add_to::<false>(simd, self.out);
         }
     }
 
@@ -441,12 +477,12 @@ impl<R> BagSum<'_, R> {
 }
 
 /// Rows to be added to a sum in their order, all their biases before.
-struct Terms<'a, S: Simd, Q: Reading, const ROWS: usize> {
+struct Addends<'a, S: Simd, Q: Reading, const ROWS: usize> {
     rows: [Row<'a, S, Q>; ROWS],
     bias: S::V,
 }
 
-impl<S: Simd, Q: Reading, const ROWS: usize> Terms<'_, S, Q, ROWS> {
+impl<S: Simd, Q: Reading, const ROWS: usize> Addends<'_, S, Q, ROWS> {
     /// Adds all of them to `out`, or to nothing if that is `EMPTY`.
     #[inline(always)]
     fn add_to<const EMPTY: bool>(&self, simd: S, out: &mut [f32]) {

@@ -1,4 +1,4 @@
-//! The sum of many rows, in registers: what pooling and the reduction of gradients share.
+//! The sum of many rows, in registers.
 
 use std::ops::Range;
 

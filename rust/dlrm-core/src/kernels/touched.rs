@@ -190,8 +190,10 @@ impl Touched<'_> {
             end
         };
         let mut begin = sum(0, &mut now);
-        for (weights, len) in target.parts() {
-            level.run(Prefetch(weights.next(len, now.rows())));
+        if target.rows.is_none() {
+            for (weights, len) in target.parts() {
+                level.run(Prefetch(weights.next(len, now.rows())));
+            }
         }
         while now.count > 0 {
             begin = sum(begin, &mut next);
