@@ -60,7 +60,7 @@ pub(crate) trait Reading: Copy + Send + Sync {
     /// Whether rows are added without their [bias](Self::bias), which is the same for all elements.
     const BIASED: bool = false;
 
-    /// The elements of a group.
+    /// The elements of a group, times the row's weight.
     fn load<S: Simd>(self, simd: S, with: Self::With<S>, group: &Self::Group) -> S::V;
 
     /// The elements of two.
@@ -69,14 +69,25 @@ pub(crate) trait Reading: Copy + Send + Sync {
         [self.load(simd, with, &pair[0]), self.load(simd, with, &pair[1])]
     }
 
-    /// Adds the elements of some groups, times the row's weight and without its bias, to `sum`.
+    /// Adds the elements of some groups, without the row's bias where that is apart, to `sum`.
+    #[inline(always)]
     fn add<S: Simd, const COUNT: usize>(
         self,
         simd: S,
         with: Self::With<S>,
         groups: &[Self::Group; COUNT],
         sum: &mut [S::V; COUNT],
-    );
+    ) {
+        let (pairs, rest) = groups.as_chunks();
+        for (i, pair) in pairs.iter().enumerate() {
+            let [first, second] = self.load_pair(simd, with, pair);
+            sum[2 * i] = simd.add(sum[2 * i], first);
+            sum[2 * i + 1] = simd.add(sum[2 * i + 1], second);
+        }
+        for group in rest {
+            sum[COUNT - 1] = simd.add(sum[COUNT - 1], self.load(simd, with, group));
+        }
+    }
 
     /// The group of which there is less than a whole one, filled with zeros.
     #[inline(always)]
@@ -370,26 +381,13 @@ impl<P: Packing> Reading for Plain<P> {
     type With<S: Simd> = Option<S::V>;
 
     #[inline(always)]
-    fn load<S: Simd>(self, simd: S, _weight: Option<S::V>, group: &P::Group) -> S::V {
-        self.0.load(simd, group)
+    fn load<S: Simd>(self, simd: S, weight: Option<S::V>, group: &P::Group) -> S::V {
+        weighted(simd, self.0.load(simd, group), weight)
     }
 
     #[inline(always)]
     fn cut<S: Simd>(self, simd: S, units: &[P::Unit]) -> P::Group {
         self.0.cut(simd, units)
-    }
-
-    #[inline(always)]
-    fn add<S: Simd, const COUNT: usize>(
-        self,
-        simd: S,
-        weight: Option<S::V>,
-        groups: &[P::Group; COUNT],
-        sum: &mut [S::V; COUNT],
-    ) {
-        for i in 0..COUNT {
-            sum[i] = simd.add(sum[i], weighted(simd, self.0.load(simd, &groups[i]), weight));
-        }
     }
 }
 
@@ -457,19 +455,6 @@ impl Reading for Chosen<'_> {
     fn load<S: Simd>(self, simd: S, elements: S::V, group: &Self::Group) -> S::V {
         simd.look_up(group, elements)
     }
-
-    #[inline(always)]
-    fn add<S: Simd, const COUNT: usize>(
-        self,
-        simd: S,
-        elements: S::V,
-        groups: &[Self::Group; COUNT],
-        sum: &mut [S::V; COUNT],
-    ) {
-        for i in 0..COUNT {
-            sum[i] = simd.add(sum[i], simd.look_up(&groups[i], elements));
-        }
-    }
 }
 
 impl CodeReading for Chosen<'_> {
@@ -508,25 +493,6 @@ impl Reading for ChosenInPairs<'_> {
     #[inline(always)]
     fn load_pair<S: Simd>(self, simd: S, planes: S::Planes, pair: &[Self::Group; 2]) -> [S::V; 2] {
         simd.look_up_pair(pair, planes)
-    }
-
-    #[inline(always)]
-    fn add<S: Simd, const COUNT: usize>(
-        self,
-        simd: S,
-        planes: S::Planes,
-        groups: &[Self::Group; COUNT],
-        sum: &mut [S::V; COUNT],
-    ) {
-        let (pairs, rest) = groups.as_chunks();
-        for (i, pair) in pairs.iter().enumerate() {
-            let [first, second] = self.load_pair(simd, planes, pair);
-            sum[2 * i] = simd.add(sum[2 * i], first);
-            sum[2 * i + 1] = simd.add(sum[2 * i + 1], second);
-        }
-        for group in rest {
-            sum[COUNT - 1] = simd.add(sum[COUNT - 1], self.load(simd, planes, group));
-        }
     }
 }
 

@@ -18,8 +18,9 @@
 //!     for row in rows:
 //!         out[c] = code[c] * (scale * w) + out[c]         (rounded once)
 //! ```
-//! All are taken one by one in a table that has cached rows, which are added as fp32 rows are. Products with the weight come first,
-//! so a weight that is infinite makes NaN of a code that is zero.
+//! All are taken one by one in a table that has cached rows, which are added as fp32 rows are. Products with the weight and sums
+//! of biases come first: a weight that is infinite makes NaN of a code that is zero, and biases near the largest number may
+//! overflow where the elements would not.
 
 use std::marker::PhantomData;
 use std::ops::Range;
