@@ -73,13 +73,10 @@ impl Ids<'_> {
         }
     }
 
-    /// How many ids at `positions` are not `padding`.
-    #[inline(always)]
-    pub(crate) fn count(&self, positions: Range<usize>, padding: u64) -> usize {
-        if padding == u64::MAX {
-            return positions.len();
-        }
-        with_ids!(self, |ids| count(&ids[positions], padding))
+    /// Whether an id at `positions` is `padding`.
+    pub(crate) fn has(&self, positions: Range<usize>, padding: u64) -> bool {
+        padding != u64::MAX
+            && with_ids!(self, |ids| count(&ids[positions.clone()], padding) < positions.len())
     }
 
     pub(crate) fn get(&self, position: usize) -> i64 {

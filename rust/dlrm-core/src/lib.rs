@@ -44,6 +44,7 @@ mod named;
 mod occurrences;
 pub mod optimizers;
 mod overlap;
+mod own_bags;
 mod packed;
 mod per_feature;
 mod pieces;

@@ -11,6 +11,7 @@ use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
 use crate::kernels::LANES;
 use crate::kernels::pool::{Pool, ahead};
+use crate::own_bags::OwnBags;
 use crate::per_feature::PerFeature;
 use crate::pieces::{self, Size};
 use crate::rows::{Rows, with_rows};
@@ -211,7 +212,7 @@ impl<'a> Lookup<'a> {
         units: Range<usize>,
     ) {
         let Feature { table, pooling, padding } = self.set.features[feature];
-        let kernel = Pool {
+        let all = Pool {
             ahead: ahead(row_lines),
             rows,
             ids: bags.ids,
@@ -224,12 +225,22 @@ impl<'a> Lookup<'a> {
             out: &self.out,
             argmax: self.argmax.as_ref().filter(|_| pooling == Pooling::Max),
         };
-        let positions = kernel.positions();
-        match with_ids!(bags.ids, |ids| first_bad(&ids[positions.clone()], self.set.specs[table].rows)) {
-            None => level.run(kernel),
-            Some(bad) => {
-                self.bad.fetch_min(positions.start + bad, Ordering::Relaxed);
-            }
+        let positions = all.positions();
+        if let Some(bad) =
+            with_ids!(bags.ids, |ids| first_bad(&ids[positions.clone()], self.set.specs[table].rows))
+        {
+            self.bad.fetch_min(positions.start + bad, Ordering::Relaxed);
+        } else if matches!(pooling, Pooling::Sum | Pooling::Mean) && bags.ids.has(positions, all.padding) {
+            // No sum looks for padding: it is left out before.
+            let units = all.units.clone();
+            let mut starts = vec![0; units.len() + 1];
+            bags.starts(first + units.start, &mut starts);
+            let own = with_ids!(bags.ids, |ids| OwnBags::without(all.padding, &starts, ids, bags.weights));
+            let bags = &own.bags().expect("offsets that ascend");
+            let slot = slot.from(units.start);
+            level.run(Pool { ids: bags.ids, bags, first: 0, units: 0..units.len(), slot, ..all });
+        } else {
+            level.run(all);
         }
     }
 }

@@ -15,10 +15,11 @@
 
 use std::ops::Range;
 
-use crate::bags::{Bags, Id, Ids, Offsets, with_ids};
+use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
 use crate::lookup::{Lookup, Output, Place};
 use crate::occurrences::Occurrences;
+use crate::own_bags::OwnBags;
 use crate::pieces::{self, Size};
 use crate::prepared::Prepared;
 use crate::row_filter::RowFilter;
@@ -86,35 +87,11 @@ enum FeatureBags {
 /// than what it costs to put the ids side by side.
 const PARTED_FROM: f64 = 0.25;
 
-/// Some bags of a feature, with their ids side by side.
+/// Some bags of a feature.
 struct SomeBags {
-    ids: Vec<i64>,
-    /// Where each begins, and where the last ends.
-    offsets: Vec<i64>,
-    weights: Option<Vec<f32>>,
+    own: OwnBags,
     /// The output row of each.
     rows: Vec<usize>,
-}
-
-impl SomeBags {
-    /// Those of the output rows `rows`, of all bags' `starts`.
-    fn new<I: Id>(rows: Vec<usize>, starts: &[usize], ids: &[I], weights: Option<&[f32]>) -> Self {
-        let bag = |&row: &usize| starts[row]..starts[row + 1];
-        let len = rows.iter().map(|row| bag(row).len()).sum();
-        let (mut own, mut offsets) = (Vec::with_capacity(len), Vec::with_capacity(rows.len() + 1));
-        offsets.push(0);
-        for row in &rows {
-            own.extend(ids[bag(row)].iter().map(|id| id.row() as i64));
-            offsets.push(own.len() as i64);
-        }
-        let weights = weights.map(|all| rows.iter().flat_map(|row| &all[bag(row)]).copied().collect());
-        Self { ids: own, offsets, weights, rows }
-    }
-
-    fn bags(&self) -> Result<Bags<'_>> {
-        let (ids, offsets) = (Ids::I64(&self.ids), Offsets::I64(&self.offsets));
-        Bags::new(ids, offsets, 1, self.rows.len(), self.weights.as_deref())
-    }
 }
 
 impl TableSet {
@@ -187,7 +164,7 @@ impl TableSet {
             }
         }
         let parted: Vec<_> = overlap.features.iter().map(|feature| feature.parted(part)).collect();
-        let parted = parted.into_iter().map(|some| some.map(SomeBags::bags).transpose());
+        let parted = parted.into_iter().map(|some| some.map(|some| some.own.bags()).transpose());
         let parted = parted.collect::<Result<Vec<_>>>()?;
         let call = Lookup::new(self, out, argmax);
         let level = ctx.level;
@@ -199,7 +176,7 @@ impl TableSet {
                 FeatureBags::Whole(_) => Size { units: 0, lines: 0 },
                 FeatureBags::Parted(bags) => {
                     let some = &bags[part as usize];
-                    self.size(f, some.rows.len(), some.ids.len(), tables)
+                    self.size(f, some.rows.len(), some.own.ids.len(), tables)
                 }
             };
             let sizes: Vec<_> = overlap.features.iter().enumerate().map(size).collect();
@@ -258,6 +235,9 @@ impl FeatureBags {
         }
         shared.truncate(in_shared);
         apart.truncate(bags.batch - in_shared);
-        Self::Parted([shared, apart].map(|rows| SomeBags::new(rows, &starts, ids, bags.weights)))
+        Self::Parted([shared, apart].map(|rows| {
+            let own = OwnBags::of_rows(&rows, &starts, ids, bags.weights);
+            SomeBags { own, rows }
+        }))
     }
 }

@@ -56,6 +56,14 @@ impl Slot<'_> {
         self.start + self.rows.map_or(unit, |rows| rows[unit]) * self.stride
     }
 
+    /// The same of the units from number `unit` on.
+    pub(crate) fn from(self, unit: usize) -> Self {
+        match self.rows {
+            Some(rows) => Self { rows: Some(&rows[unit..]), ..self },
+            None => Self { start: self.at(unit), ..self },
+        }
+    }
+
     /// The same of some units, which go into these rows.
     pub(crate) fn of_rows(self, rows: &[usize]) -> Slot<'_> {
         Slot { rows: Some(rows), ..self }

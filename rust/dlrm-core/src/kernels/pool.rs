@@ -50,7 +50,7 @@ pub(crate) struct Pool<'a, R> {
     pub(crate) ids: Ids<'a>,
     pub(crate) bags: &'a Bags<'a>,
     pub(crate) pooling: Pooling,
-    /// An id to leave out; `u64::MAX` for none.
+    /// An id to leave out of a maximum, `u64::MAX` for none; bags to be added up have none of it.
     pub(crate) padding: u64,
     /// The bag of unit 0 (its id where nothing is pooled).
     pub(crate) first: usize,
@@ -108,9 +108,6 @@ impl<R: Rows> Pool<'_, R> {
         let rows = self.rows;
         if rows.has_cached() {
             return self.bags_by(simd, Sum { rows, adding: PhantomData::<OneByOne> }, end);
-        }
-        if self.padding != u64::MAX {
-            return self.bags_by(simd, Sum { rows, adding: PhantomData::<Kept<AT_ONCE>> }, end);
         }
         if self.bags.weights.is_some() {
             return self.bags_by(simd, Sum { rows, adding: PhantomData::<All<AT_ONCE, true>> }, end);
@@ -323,11 +320,7 @@ trait Adding: Copy {
 #[derive(Clone, Copy)]
 struct All<const AT_ONCE: usize, const WEIGHTED: bool>;
 
-/// Those that are not of padding, likewise.
-#[derive(Clone, Copy)]
-struct Kept<const AT_ONCE: usize>;
-
-/// Those that are not of padding one by one, cached ones from where they are.
+/// One by one, cached ones from where they are.
 #[derive(Clone, Copy)]
 struct OneByOne;
 
@@ -343,8 +336,8 @@ impl<Q: Rows, A: Adding> Mode for Sum<Q, A> {
         out: &mut [f32],
     ) {
         let mut sum = BagSum { rows: &self.rows, out: &mut out[..self.rows.dim()], empty: true };
-        A::add(simd, of, bag.clone(), end, &mut sum);
-        let divisor = (of.pooling == Pooling::Mean).then(|| of.ids.count(bag, of.padding).max(1) as f32);
+        let divisor = (of.pooling == Pooling::Mean).then_some(bag.len().max(1) as f32);
+        A::add(simd, of, bag, end, &mut sum);
         sum.finish(simd, divisor);
     }
 }
@@ -361,41 +354,13 @@ impl<const AT_ONCE: usize, const WEIGHTED: bool> Adding for All<AT_ONCE, WEIGHTE
         let mut position = bag.start;
         while position + AT_ONCE <= bag.end {
             of.prefetch::<S, AT_ONCE>(simd, sum.rows, position + of.ahead, end);
-            let positions = std::array::from_fn(|i| position + i);
-            sum.add::<S, P, AT_ONCE, WEIGHTED>(simd, of, positions, of.ids.rows(position));
+            sum.add::<S, P, AT_ONCE, WEIGHTED>(simd, of, position);
             position += AT_ONCE;
         }
         while position < bag.end {
             of.prefetch::<S, 1>(simd, sum.rows, position + of.ahead, end);
-            sum.add::<S, P, 1, WEIGHTED>(simd, of, [position], of.ids.rows(position));
+            sum.add::<S, P, 1, WEIGHTED>(simd, of, position);
             position += 1;
-        }
-    }
-}
-
-impl<const AT_ONCE: usize> Adding for Kept<AT_ONCE> {
-    #[inline(always)]
-    fn add<S: Simd, R: Rows, P: Rows>(
-        simd: S,
-        of: &Pool<P>,
-        bag: Range<usize>,
-        end: usize,
-        sum: &mut BagSum<R>,
-    ) {
-        let (mut positions, mut ids) = ([0; AT_ONCE], [0; AT_ONCE]);
-        let mut count = 0;
-        for position in bag {
-            of.prefetch::<S, 1>(simd, sum.rows, position + of.ahead, end);
-            positions[count] = position;
-            [ids[count]] = of.ids.rows(position);
-            count += usize::from(ids[count] != of.padding);
-            if count == AT_ONCE {
-                sum.add::<S, P, AT_ONCE, true>(simd, of, positions, ids);
-                count = 0;
-            }
-        }
-        for i in 0..count {
-            sum.add::<S, P, 1, true>(simd, of, [positions[i]], [ids[i]]);
         }
     }
 }
@@ -412,12 +377,9 @@ impl Adding for OneByOne {
         for position in bag {
             of.prefetch::<S, 1>(simd, sum.rows, position + of.ahead, end);
             let [id] = of.ids.rows(position);
-            if id == of.padding {
-                continue;
-            }
             match sum.rows.cached(simd, id as usize, Some(of.weight(position))) {
                 Some(row) => sum.add_rows(simd, &Addends { rows: [row], bias: row.bias(simd) }),
-                None => sum.add::<S, P, 1, true>(simd, of, [position], [id]),
+                None => sum.add::<S, P, 1, true>(simd, of, position),
             }
         }
     }
@@ -432,16 +394,16 @@ struct BagSum<'a, R> {
 }
 
 impl<R: Rows> BagSum<'_, R> {
-    /// Adds the rows of some ids, which are at these positions, times their weights if they are `WEIGHTED`.
+    /// Adds the rows of the ids from `position` on, times their weights if they are `WEIGHTED`.
     #[inline(always)]
     fn add<S: Simd, P: Rows, const COUNT: usize, const WEIGHTED: bool>(
         &mut self,
         simd: S,
         of: &Pool<P>,
-        positions: [usize; COUNT],
-        ids: [u64; COUNT],
+        position: usize,
     ) {
-        let weight = |i: usize| WEIGHTED.then(|| of.weight(positions[i]));
+        let ids: [u64; COUNT] = of.ids.rows(position);
+        let weight = |i: usize| WEIGHTED.then(|| of.weight(position + i));
         let mut rows = [self.rows.open(simd, ids[0] as usize, weight(0)); COUNT];
         let mut bias = rows[0].bias(simd);
         for i in 1..COUNT {
