@@ -13,16 +13,18 @@ Sides, all with SGD on the tables, on the same batches in turn:
     e  nn.EmbeddingBag by the GPU on page-locked memory of the host, which it reads and writes over the bus
 
 Of every side: samples per second, and how much of the time the device is idle, by the time that the dense layers take
-alone. Steps are medians over all rounds; in a round every side has its turn. Of the pipeline also what it hides:
+alone. Steps are medians over all rounds; in a round every side has its turn. Of (b) and (c) also what is hidden:
 
-    hidden = (step of the plain loop b - step of the pipeline) / min(CPU, device)
+    hidden = (CPU + device - step) / min(CPU, device)
 
 CPU is what of a step runs on the host (ids, lookup, update): the step of (b) on a device that takes no time, with as
-many threads. Device is what the dense layers take alone. 100 % is a step as long as the longer of the two.
+many threads. Device is what the dense layers take alone. 100 % is a step as long as the longer of the two, 0 % one as
+long as both in turn.
 
 On a stand-in the dense layers are a queued kernel (`Queued`), which costs the host what a launch does and computes
-nothing; d and e need a GPU. The device takes 0.5, 1 and 2 times what the CPU does, or `--latency`. `--rest` is the
-share of the device's time that needs no rows and delays no gradient, as bottom layers and dense optimizer do.
+nothing; d and e need a GPU. The device takes 0.5, 1 and 2 times what the CPU does, or `--latency`. A share of that time
+delays no gradient of rows: backward of the bottom layers and the gradients of the top layers' weights, which a Pipeline
+has computed last. It is `--rest`; by default the share of multiplications in the model that a GPU would have.
 The summary of the exact pipeline is printed with `--profile`.
 """
 
@@ -49,6 +51,10 @@ from dlrm_rs.machine import describe_machine
 from dlrm_rs.pipeline.pipeline import click_loss
 
 LR = 0.01
+# Dense layers, those of MLPerf: the bottom ones end with `D`.
+DENSE_FEATURES = 13
+BOTTOM = [512, 256]
+TOP = [1024, 1024, 512, 256, 1]
 WARM_UP = 12
 # Batches in rotation: their rows leave the caches before a batch comes again.
 BATCHES = 16
@@ -94,7 +100,7 @@ class Result:
         spread: The median of the slowest round less that of the fastest.
         samples: Per second.
         idle: Share of the time in which the device has nothing to do; None where tables are its work too.
-        hidden: Share of the shorter of CPU and device time; None where nothing overlaps.
+        hidden: Share of the shorter of CPU and device time; None where tables are other work than ours.
     """
 
     side: str
@@ -197,12 +203,26 @@ def dense_model(embeddings: nn.Module, case: Case, device: Device) -> nn.Module:
     """The embeddings with dense layers: MLPerf's on a GPU, a queued kernel on a stand-in."""
     if device.torch_device.type == "cpu":
         return Queued(embeddings, case.batch_size, case.dim * len(case.rows))
-    model = dlrm_rs.DLRM(embeddings, 13, [512, 256, case.dim], [1024, 1024, 512, 256, 1])
+    model = dlrm_rs.DLRM(embeddings, DENSE_FEATURES, [*BOTTOM, case.dim], TOP)
     # The tables stay where they are: those of side a on the host.
     model.bottom.to(device.torch_device)
     model.top.to(device.torch_device)
     model.pairs = model.pairs.to(device.torch_device)
     return model
+
+
+def share_after_rows(case: Case) -> float:
+    """Share of the dense layers' multiplications that come after the gradient of the rows."""
+    vectors = len(case.rows) + 1
+    pairs = vectors * (vectors - 1) // 2
+
+    def products(*widths: int) -> int:
+        return sum(inputs * outputs for inputs, outputs in pairwise(widths))
+
+    bottom, top = products(DENSE_FEATURES, *BOTTOM, case.dim), products(case.dim + pairs, *TOP)
+    first = DENSE_FEATURES * BOTTOM[0]  # whose input wants no gradient
+    after = top + 2 * bottom - first
+    return after / (3 * (top + bottom + vectors**2 * case.dim) - first)
 
 
 def ours(case: Case, device: Device) -> nn.Module:
@@ -319,12 +339,12 @@ def run(case: Case, device: Device, dense: float, repeats: int, profile: Path | 
     steps = {side: statistics.median(chain.from_iterable(times[side] for times in rounds)) for side in sides}
     if not is_gpu:
         steps["a nn.EmbeddingBag, CPU"] += dense  # its rows go to no stand-in by themselves
-    cpu, plain = steps.pop("CPU"), steps["b dlrm_rs, plain"]
+    cpu = steps.pop("CPU")
     print(f"  CPU {1e3 * cpu:.3f} ms, device {1e3 * dense:.3f} ms")
     results = []
     for side, step in steps.items():
         spread, samples = max(medians[side]) - min(medians[side]), case.batch_size / step
-        hidden = (plain - step) / min(cpu, dense) if side.startswith("c") else None
+        hidden = (cpu + dense - step) / min(cpu, dense) if side[0] in "bc" else None
         idle = max(1 - dense / step, 0.0) if side[0] in "abc" else None
         results.append(Result(side, step, spread, samples, idle, hidden))
         print_result(results[-1])
@@ -348,6 +368,11 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             yield Case(shape, rows, batch_size, options.zipf, options.steps)
 
 
+def rest_share(case: Case, options: argparse.Namespace) -> float:
+    """`--rest`."""
+    return share_after_rows(case) if options.rest is None else float(options.rest)
+
+
 def devices(case: Case, options: argparse.Namespace) -> Iterator[tuple[Device, float]]:
     """Devices, each with the seconds that the dense layers take on it."""
     batches = case.batches()
@@ -361,7 +386,7 @@ def devices(case: Case, options: argparse.Namespace) -> Iterator[tuple[Device, f
         cpu = statistics.median(plain_steps(ours(case, free), case, batches, free))
         times = [factor * cpu for factor in (0.5, 1.0, 2.0)]
     for dense in times:
-        rest = options.rest * dense
+        rest = dense * rest_share(case, options)
         yield StandIn(dense - rest, options.bandwidth, rest, copies=False), dense
 
 
@@ -377,7 +402,7 @@ def main() -> None:
     parser.add_argument("--stand-in", action="store_true", help="no GPU; the default where there is none")
     parser.add_argument("--latency", type=float, help="seconds that the stand-in takes for a step")
     parser.add_argument("--bandwidth", type=float, default=float("inf"), help="bytes per second to and from it")
-    parser.add_argument("--rest", type=float, default=0.0, help="share of the stand-in's step that needs no rows")
+    parser.add_argument("--rest", type=float, help="share of the stand-in's step after the gradient of rows")
     parser.add_argument("--profile", type=Path, help="a file for the trace of the exact pipeline")
     parser.add_argument("--output", type=Path, help="a JSON file for the record")
     parser.add_argument("--quick", action="store_true", help="small tables and few steps")
@@ -393,7 +418,7 @@ def main() -> None:
         for device, dense in devices(case, options):
             cpu, results = run(case, device, dense, options.repeats, options.profile)
             described = {"shape": case.shape, "rows": sum(case.rows), "batch_size": case.batch_size, "zipf": case.zipf}
-            times = {"cpu": cpu, "device": dense, "rest": options.rest if options.stand_in else None}
+            times = {"cpu": cpu, "device": dense, "rest": rest_share(case, options) if options.stand_in else None}
             record["cases"].append(described | times | {"results": [asdict(result) for result in results]})
     if options.output is not None:
         options.output.write_text(json.dumps(record, indent=1), encoding="utf-8")

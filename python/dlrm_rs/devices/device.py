@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlrm_rs.devices.ring import Ring, huge_pages, pinned
 
-__all__ = ["CPU", "CpuDevice", "CudaDevice", "Device", "Fetched", "Sent", "Span", "output_device"]
+__all__ = ["CPU", "CpuDevice", "CudaDevice", "Device", "Fetched", "Mark", "Moment", "Sent", "Span", "output_device"]
 
 # Begin and end in seconds, as of `time.perf_counter`.
 Span = tuple[float, float]
@@ -36,6 +36,13 @@ class Fetched(Protocol):
 
     def span(self) -> Span:
         """When the device worked, from having the rows to having their gradient; asked after `wait`."""
+
+
+class Mark(Protocol):
+    """A place in the device's queue."""
+
+    def time(self) -> float:
+        """When all before it had been done, as of `time.perf_counter`; waits for it."""
 
 
 class Device(abc.ABC):
@@ -64,6 +71,10 @@ class Device(abc.ABC):
         """
 
     @abc.abstractmethod
+    def mark(self) -> Mark:
+        """The end of what is queued now."""
+
+    @abc.abstractmethod
     def synchronize(self) -> None:
         """Wait for all that is queued."""
 
@@ -89,8 +100,27 @@ class CpuDevice(Device):
         assert isinstance(sent, _Here)
         return _There(grad.detach().to(dtype).contiguous(), (sent.taken, time.perf_counter()))
 
+    def mark(self) -> Mark:
+        """Now."""
+        return Moment(time.perf_counter())
+
     def synchronize(self) -> None:
         """Nothing is queued."""
+
+
+class Moment:
+    """A mark whose time is known.
+
+    Args:
+        time: As of `time.perf_counter`.
+    """
+
+    def __init__(self, time: float) -> None:
+        self._time = time
+
+    def time(self) -> float:
+        """As given."""
+        return self._time
 
 
 # What collections share that keep their output where it is.
@@ -166,14 +196,29 @@ class CudaDevice(Device):
         self._gradients.keep(host, lambda: not copied.query())
         return _Copied(self, host, copied, sent.begun, computed)
 
+    def mark(self) -> Mark:
+        """The end of what the current stream has."""
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return _Marked(self, event)
+
     def synchronize(self) -> None:
         """Wait for the current stream."""
         torch.cuda.current_stream(self.torch_device).synchronize()
 
-    def span(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> Span:
-        """When two events happened that have happened."""
-        first, last = (self._zero_time + self._zero.elapsed_time(event) / 1e3 for event in (begin, end))
-        return first, last
+    def time(self, event: torch.cuda.Event) -> float:
+        """When an event happened that has happened."""
+        since_zero: float = self._zero.elapsed_time(event)  # in milliseconds
+        return self._zero_time + since_zero / 1e3
+
+
+class _Marked:
+    def __init__(self, device: CudaDevice, event: torch.cuda.Event) -> None:
+        self._device, self._event = device, event
+
+    def time(self) -> float:
+        self._event.synchronize()
+        return self._device.time(self._event)
 
 
 class _OnStream:
@@ -205,7 +250,7 @@ class _Copied:
         return self._host
 
     def span(self) -> Span:
-        return self._device.span(self._begun, self._computed)
+        return self._device.time(self._begun), self._device.time(self._computed)
 
 
 def output_device(device: Device | torch.device | str | int | None) -> Device:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlrm_rs.devices.device import Device, Fetched, Sent, Span
+from dlrm_rs.devices.device import Device, Fetched, Mark, Moment, Sent, Span
 from dlrm_rs.devices.ring import Ring, huge_pages
 
 __all__ = ["StandIn"]
@@ -29,7 +29,7 @@ class StandIn(Device):
     Args:
         latency: Seconds from having a step's rows to having their gradient.
         bandwidth: Bytes per second of copies, each way; infinite by default.
-        rest: Seconds of a step that need no rows and delay no gradient: dense optimizer, bottom layers.
+        rest: Seconds of a step that delay no gradient of rows: bottom layers, weights of the top ones, dense optimizer.
         copies: Whether data moves, which threads of the CPU then do. Without, a copy only takes its time, as that of a
             GPU, and the host has no work by it at all.
 
@@ -77,6 +77,10 @@ class StandIn(Device):
         if not self._copies:
             return _Fetching(partial(self._arrival, grad, end), (sent.begin, end))
         return _Fetching(self._back.submit(self._copy, grad, self._gradients, end).result, (sent.begin, end))
+
+    def mark(self) -> Mark:
+        """When the clock says that the last step ends."""
+        return Moment(max(self._free_at, time.perf_counter()))
 
     def synchronize(self) -> None:
         """Sleep until the clock says that the last step has ended."""

@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from dlrm_rs._dlrm_rs import Overlap, Prepared
 from dlrm_rs.collection import EmbeddingBagCollection, LookupCall
-from dlrm_rs.devices.device import Fetched, Sent
+from dlrm_rs.devices.device import Fetched, Mark, Sent
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.row_formats import as_array
 
@@ -50,6 +50,10 @@ class Lane:
         self.check_finite = check_finite
         self.visit: Visit | None = None
         self._settled = settled
+
+    def mark(self) -> Mark:
+        """The end of what the device has to do now."""
+        return self.collection._tables.output_device.mark()
 
     def take(self, features: KeyedJaggedTensor) -> Tensor | None:
         """The pooled rows of the batch's features, `(B, W)`; None for other features, to be looked up now.

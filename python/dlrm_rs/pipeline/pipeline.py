@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.pipeline.run import Run
+from dlrm_rs.pipeline.split_backward import SplitBackward, linear_layers
 from dlrm_rs.pipeline.timeline import Summary, Timeline
 
 __all__ = ["Pipeline"]
@@ -49,6 +50,9 @@ class Pipeline:
             one for each, by their names in the model. By default the one that is in the batch.
         prefetch: Batches that are loaded ahead, at least 1.
         check_finite: End with an error when a gradient has an infinity or a NaN, before it gets into a table.
+        split_backward: In backward, compute the gradients of linear layers' weights after that of the pooled rows, so
+            that tables are updated and looked up meanwhile. Bits are the same. False for a backward that is
+            differentiated itself (`create_graph=True`).
         profile: A file for a trace of the last loop, for chrome://tracing or Perfetto.
 
     Raises:
@@ -87,6 +91,7 @@ class Pipeline:
         features: Callable[[Any], KeyedJaggedTensor | Mapping[str, KeyedJaggedTensor]] | None = None,
         prefetch: int = 2,
         check_finite: bool = False,
+        split_backward: bool = True,
         profile: str | Path | None = None,
     ) -> None:
         if updates not in ("exact", "stale"):
@@ -101,6 +106,7 @@ class Pipeline:
         self._updates: Literal["exact", "stale"] = updates
         self._features = find_features if features is None else features
         self._prefetch, self._check_finite, self._profile = prefetch, check_finite, profile
+        self._is_split = split_backward
         self._run: Run | None = None
         self._timeline = Timeline(None)
 
@@ -142,11 +148,14 @@ class Pipeline:
             prefetch=self._prefetch,
             check_finite=self._check_finite,
         )
+        split = SplitBackward(linear_layers(self._model) if self._is_split else [])
         try:
             while (step := run.next()) is not None:
+                split.begin()
                 yield step.batch
         finally:
             self._run = None
+            split.remove()
             try:
                 run.close()
             finally:

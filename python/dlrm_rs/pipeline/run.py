@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dlrm_rs._dlrm_rs import Overlap
 from dlrm_rs.collection import EmbeddingBagCollection
+from dlrm_rs.devices.device import Mark
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.pipeline.lane import Lane, Visit
 from dlrm_rs.pipeline.timeline import Timeline
@@ -51,8 +52,8 @@ class Step:
         self.number = number
         self.batch = batch
         self.visits = visits
-        # When the user asked for it, and when its rows were on their way to the device.
-        self.asked_at = 0.0
+        # The ends of the devices' queues when the user asked for it, and when its rows were on their way there.
+        self.asked: list[Mark] = []
         self.sent_at = 0.0
         # Whether no gradient can come any more.
         self.is_sealed = False
@@ -118,7 +119,6 @@ class Run:
         self._is_closing = False
         self._is_flushing = False
         self._has_ended = False  # the table thread
-        self._device_end = 0.0  # of its last step
         self._tables = threading.Thread(target=self._work, name="dlrm-rs-tables", daemon=True)
         self._hooks = [hook for lane in self._lanes for hook in self._attach(lane)]
         # A daemon: it may be inside the user's loader for as long as that likes.
@@ -140,7 +140,7 @@ class Run:
         Raises:
             BaseException: What ended the pass.
         """
-        asked_at = time.perf_counter()
+        asked = [lane.mark() for lane in self._lanes]
         with self._changed:
             self._seal()
             self._changed.wait_for(lambda: self._ready or self._has_ended)
@@ -152,7 +152,7 @@ class Run:
             if not self._ready:
                 return None
             self._current = self._ready.popleft()
-            self._current.asked_at = asked_at
+            self._current.asked = asked
             for lane, visit in zip(self._lanes, self._current.visits, strict=True):
                 lane.visit = visit
             return self._current
@@ -336,9 +336,8 @@ class Run:
         if spans:
             begins, ends = zip(*spans, strict=True)
             self._timeline.record("device", "dense layers", min(begins), max(ends), step.number)
-            if self._device_end:
-                self._timeline.exposed += max(step.sent_at - max(step.asked_at, self._device_end), 0.0)
-            self._device_end = max(ends)
+            if step.number > 0:  # to begin with there is nothing to hide behind
+                self._timeline.exposed += max(step.sent_at - max(mark.time() for mark in step.asked), 0.0)
 
     def _finish(self, step: Step | None) -> None:
         """Update what of a batch has not been updated yet."""
