@@ -428,6 +428,7 @@ class Prepared:
         offsets: _Ids | None,
         batch_size: int,
         per_sample_weights: _Weights | None,
+        parts_bags: bool,
     ) -> Overlap:
         """Part this call's rows and another's bags by the rows of trainable tables that both touch.
 
@@ -437,6 +438,7 @@ class Prepared:
             offsets: as above.
             batch_size: as above.
             per_sample_weights: as above.
+            parts_bags: False to have all bags count as with such rows, and only this call's rows parted.
         """
 
     def clipped_factor(

@@ -130,9 +130,9 @@ class Visit:
         if self._tables.pools_by_max:
             self._argmax = torch.empty(self._out.shape, dtype=torch.int32, device="cpu")
 
-    def overlap(self, following: Visit) -> Overlap:
-        """The overlap of this batch with the next, which is prepared."""
-        return self._prepared.overlap(following._prepared, *following._arrays)
+    def overlap(self, following: Visit, parts_bags: bool) -> Overlap:
+        """The overlap of this batch with the next, which is prepared, and whose bags may be parted too."""
+        return self._prepared.overlap(following._prepared, *following._arrays, parts_bags)
 
     def lookup(self, overlap: Overlap | None = None, part: str = "") -> None:
         """Look all bags up, or those on one side of the overlap of the batch before with this."""

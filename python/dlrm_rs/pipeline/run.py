@@ -28,6 +28,7 @@ from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.devices.device import Mark
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.pipeline.lane import Lane, Visit
+from dlrm_rs.pipeline.parting import Parting, Trials
 from dlrm_rs.pipeline.timeline import Timeline
 
 __all__ = ["Run", "Step"]
@@ -107,6 +108,7 @@ class Run:
         self._loader, self._features = loader, features
         self._timeline = timeline
         self._is_stale = is_stale
+        self._parting = Trials()
         self._prefetch = prefetch
         self._loaded: deque[Step] = deque()
         self._ready: deque[Step] = deque()
@@ -275,25 +277,33 @@ class Run:
 
     def _look_up_stale(self, before: Step | None, step: Step) -> None:
         self._prepare(step)
-        with self._stage("lookup", step):
-            for visit in step.visits:
-                visit.lookup()
-        self._publish(step)
+        self._look_up(step)
         self._finish(before)
 
     def _look_up_exact(self, before: Step | None, step: Step) -> None:
         self._prepare(step)
-        if before is None:
-            with self._stage("lookup", step):
-                for visit in step.visits:
-                    visit.lookup()
-            self._publish(step)
-            return
+        parting = Parting.NOTHING if before is None else self._parting.choose()
+        if before is None or parting is Parting.NOTHING:
+            self._finish(before)
+            self._look_up(step)
+        else:
+            self._look_up_parted(before, step, parting)
+        self._parting.record(step.sent_at)
+
+    def _look_up(self, step: Step) -> None:
+        with self._stage("lookup", step):
+            for visit in step.visits:
+                visit.lookup()
+        self._publish(step)
+
+    def _look_up_parted(self, before: Step, step: Step, parting: Parting) -> None:
+        parts_bags = parting is Parting.ROWS_AND_BAGS
         with self._stage("overlap", step):
-            overlaps = [old.overlap(new) for old, new in zip(before.visits, step.visits, strict=True)]
-        with self._stage("lookup apart", step):
-            for visit, overlap in zip(step.visits, overlaps, strict=True):
-                visit.lookup(overlap, "apart")
+            overlaps = [old.overlap(new, parts_bags) for old, new in zip(before.visits, step.visits, strict=True)]
+        if parts_bags:
+            with self._stage("lookup apart", step):
+                for visit, overlap in zip(step.visits, overlaps, strict=True):
+                    visit.lookup(overlap, "apart")
         self._await_gradient(before)
         with self._stage("update shared", before):
             for visit, overlap in zip(before.visits, overlaps, strict=True):
@@ -336,8 +346,6 @@ class Run:
         if spans:
             begins, ends = zip(*spans, strict=True)
             self._timeline.record("device", "dense layers", min(begins), max(ends), step.number)
-            if step.number > 0:  # to begin with there is nothing to hide behind
-                self._timeline.exposed += max(step.sent_at - max(mark.time() for mark in step.asked), 0.0)
 
     def _finish(self, step: Step | None) -> None:
         """Update what of a batch has not been updated yet."""
@@ -352,6 +360,8 @@ class Run:
                 for visit, overlap in zip(step.visits, step.overlaps, strict=True):
                     visit.update(overlap, "apart")
         self._timeline.steps += 1
+        if step.number > 0 and step.asked:  # to begin with there is nothing to hide behind
+            self._timeline.exposed += max(step.sent_at - max(mark.time() for mark in step.asked), 0.0)
         with self._changed:
             step.is_done = True
             self._changed.notify_all()

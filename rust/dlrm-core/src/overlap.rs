@@ -1,10 +1,10 @@
 //! The overlap of two calls: the rows that an update of the first changes and a lookup of the second reads.
 //!
-//! It parts the first call's rows and the second call's bags, each into those with the overlap and those without (the
-//! bags of a feature where few are without count as with it, and so do all rows and bags of a table with a cache, whose
-//! update may move rows that neither call touches). The
-//! second call's bags without can be looked up before the first call is updated, and the first call's rows without can be
-//! updated after the second is looked up; the result has the same bits as when all is done in turn:
+//! It parts the first call's rows and, if that is wanted, the second call's bags, each into those with the overlap and
+//! those without (the bags of a feature where few are without count as with it, and so do all rows and bags of a table
+//! with a cache, whose update may move rows that neither call touches). The second call's bags without can be looked up
+//! before the first call is updated, and the first call's rows without can be updated after the second is looked up; the
+//! result has the same bits as when all is done in turn:
 //!
 //! ```text
 //! lookup the second's bags APART   | in any order
@@ -95,7 +95,8 @@ struct SomeBags {
 }
 
 impl TableSet {
-    /// Parts `first` and `second` by the rows of trainable tables that both touch; `bags` are the second's.
+    /// Parts `first` and `second` by the rows of trainable tables that both touch; `bags` are the second's, and count
+    /// as with the overlap, all of them, unless `parts_bags`.
     ///
     /// The features must be pooled.
     pub fn overlap(
@@ -103,6 +104,7 @@ impl TableSet {
         first: &Prepared,
         second: &Prepared,
         bags: &Bags,
+        parts_bags: bool,
         ctx: &Context,
     ) -> Result<Overlap> {
         self.check_bags(bags)?;
@@ -113,13 +115,14 @@ impl TableSet {
             let expected = format!("the second call's, of {} ids", second.ids);
             return Err(Error::argument("bags", expected, format_args!("{} ids", bags.len())));
         }
-        let (updated, wanted) = (first.filters(ctx)?, second.filters(ctx)?);
+        let wanted = second.filters(ctx)?;
         let cached: Vec<_> =
             self.tables.read(|tables| tables.iter().map(|one| one.rows.cache.is_some()).collect())?;
         let occurrences =
             first.occurrences.part(|t, row| cached[t] || wanted[t].may_have(row as u64), ctx)?;
         let mut features: Vec<_> = self.features.iter().map(|_| FeatureBags::Whole(Part::Shared)).collect();
-        {
+        if parts_bags {
+            let updated = first.filters(ctx)?;
             let features = Disjoint::new(&mut features);
             threads::for_each(ctx, self.features.len(), bags.len(), |f| {
                 let table = self.features[f].table;

@@ -317,7 +317,7 @@ fn calls_parted_by_their_overlap_have_the_bits_of_calls_in_turn() {
         let (gradient, optimizer) = (gradient(&output), optimizers(Kind::Adagrad, 6, 1));
         if parted {
             let [first, second] = [0, 1].map(|k| set.prepare(&calls[k], &[true], &ctx).unwrap());
-            let overlap = set.overlap(&first, &second, &calls[1], &ctx).unwrap();
+            let overlap = set.overlap(&first, &second, &calls[1], true, &ctx).unwrap();
             let mut look = |part| {
                 set.lookup_part(&overlap, part, &calls[1], Output::Fp32(&mut out), None, &ctx).unwrap();
             };

@@ -27,8 +27,8 @@ struct Trained {
     tables: Vec<Vec<f32>>,
 }
 
-/// Two batches looked up and trained on, in turn or parted by their overlap.
-fn train(case: &Case, kind: Kind, parted: bool, ctx: &Context) -> Trained {
+/// Two batches looked up and trained on, in turn or parted by their overlap, of the second its bags too or not.
+fn train(case: &Case, kind: Kind, parts_bags: Option<bool>, ctx: &Context) -> Trained {
     let second = following(case);
     let (set, arrays) = (case.set(ctx), [case.arrays(), second.arrays()]);
     let calls = [case.call(&arrays[0]), second.call(&arrays[1])];
@@ -50,9 +50,9 @@ fn train(case: &Case, kind: Kind, parted: bool, ctx: &Context) -> Trained {
         scale_by_frequency: &by_frequency,
         factor: 1.0,
     };
-    if parted {
+    if let Some(parts_bags) = parts_bags {
         let prepared = [0, 1].map(|k| set.prepare(&calls[k], &trainable, ctx).unwrap());
-        let overlap = set.overlap(&prepared[0], &prepared[1], &calls[1], ctx).unwrap();
+        let overlap = set.overlap(&prepared[0], &prepared[1], &calls[1], parts_bags, ctx).unwrap();
         let mut look = |part| {
             let out = Output::Fp32(&mut out);
             set.lookup_part(&overlap, part, &calls[1], out, Some(&mut second_argmax), ctx).unwrap();
@@ -81,9 +81,10 @@ fn contents(set: &TableSet, tables: usize) -> Vec<Vec<f32>> {
 }
 
 fn check(case: &Case, kind: Kind) {
-    let expected = train(case, kind, false, &Context::default());
-    for ctx in contexts() {
-        let got = train(case, kind, true, &ctx);
+    let expected = train(case, kind, None, &Context::default());
+    let ways = contexts().into_iter().flat_map(|ctx| [false, true].map(|parts_bags| (ctx, parts_bags)));
+    for (ctx, parts_bags) in ways {
+        let got = train(case, kind, Some(parts_bags), &ctx);
         assert_eq!(bits(&got.out), bits(&expected.out));
         assert_eq!(got.argmax, expected.argmax);
         for (got, expected) in got.tables.iter().zip(&expected.tables) {
@@ -127,7 +128,7 @@ fn bags_without_a_row_of_the_first_call_are_apart_and_a_feature_with_few_of_them
     let (set, arrays) = (case.set(ctx), [case.arrays(), second.arrays()]);
     let calls = [case.call(&arrays[0]), second.call(&arrays[1])];
     let [first, after] = [0, 1].map(|k| set.prepare(&calls[k], &[true; 3], ctx).unwrap());
-    let overlap = set.overlap(&first, &after, &calls[1], ctx).unwrap();
+    let overlap = set.overlap(&first, &after, &calls[1], true, ctx).unwrap();
     let mut out = vec![f32::NAN; set.output_len(&calls[1])];
     set.lookup_part(&overlap, Part::Apart, &calls[1], Output::Fp32(&mut out), None, ctx).unwrap();
 
@@ -167,8 +168,8 @@ fn what_does_not_fit_is_refused() {
     assert_eq!(refused.as_deref(), Some("trainable: expected one flag for each of 3 tables, got 2"));
 
     let other = Case { bags: vec![vec![0]; case.bags.len()], ..case.clone() };
-    let (arrays, overlap) = (other.arrays(), set.overlap(&prepared, &prepared, &call, ctx).unwrap());
-    let refused = set.overlap(&prepared, &prepared, &other.call(&arrays), ctx).err().map(message);
+    let (arrays, overlap) = (other.arrays(), set.overlap(&prepared, &prepared, &call, true, ctx).unwrap());
+    let refused = set.overlap(&prepared, &prepared, &other.call(&arrays), true, ctx).err().map(message);
     assert!(refused.unwrap().starts_with("bags: expected the second call's, of "));
     let refused = set.lookup_part(&overlap, Part::Shared, &call, Output::Fp32(&mut [0.0; 3]), None, ctx);
     assert!(message(refused.unwrap_err()).ends_with("elements, got 3"));
@@ -189,6 +190,6 @@ fn what_does_not_fit_is_refused() {
     let (set, arrays) = (unpooled.set(ctx), unpooled.arrays());
     let call = unpooled.call(&arrays);
     let prepared = set.prepare(&call, &[true; 3], ctx).unwrap();
-    let refused = set.overlap(&prepared, &prepared, &call, ctx).err().map(message);
+    let refused = set.overlap(&prepared, &prepared, &call, true, ctx).err().map(message);
     assert_eq!(refused.as_deref(), Some("features: expected pooled ones, got pooling none"));
 }

@@ -50,12 +50,14 @@ impl Prepared {
         offsets: Option<Any<'_, '_>>,
         batch_size: usize,
         per_sample_weights: Option<Any<'_, '_>>,
+        parts_bags: bool,
     ) -> PyResult<Overlap> {
         let arrays = BagArrays::new(indices, offsets, per_sample_weights)?;
         let slices = arrays.slices()?;
         let set = &self.set.get().0;
-        let overlap =
-            call(py, |ctx| set.overlap(&self.call, &second.call, &slices.bags(set, batch_size)?, ctx))?;
+        let overlap = call(py, |ctx| {
+            set.overlap(&self.call, &second.call, &slices.bags(set, batch_size)?, parts_bags, ctx)
+        })?;
         Ok(Overlap { set: self.set.clone_ref(py), calls: overlap })
     }
 
