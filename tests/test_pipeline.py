@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from clicks import (
 from dlrm_rs import Pipeline
 from dlrm_rs.data import Batch, ClickLog
 from dlrm_rs.optim import SGD, Adagrad, Adam, OptimizerSpec, RowWiseAdagrad
+from dlrm_rs.pipeline.lane import Visit
+from dlrm_rs.pipeline.parting import Parting, Trials
 from dlrm_rs.pipeline.pipeline import click_loss
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -167,6 +170,36 @@ def test_synchronize_does_not_wait_for_the_loader() -> None:
     assert_same_state(model, plain)
     gate.set()
     assert len(list(losses)) == 1
+
+
+def test_a_batch_is_given_before_its_rows_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, in_time = threading.Event(), []
+    lookup = Visit.lookup
+
+    def late_lookup(visit: Visit, *part: Any) -> None:
+        in_time.append(given.wait(60))
+        lookup(visit, *part)
+
+    monkeypatch.setattr(Visit, "lookup", late_lookup)
+    model, plain, log = click_model(), click_model(), click_log(5)
+    losses = []
+    for batch in Pipeline(model, None, log).batches():
+        given.set()
+        losses.append(click_loss(model, batch).item())
+        given.clear()
+    with torch.no_grad():
+        assert losses == [click_loss(plain, batch).item() for batch in log]
+    assert len(in_time) >= 5
+    assert all(in_time)
+
+
+@pytest.mark.parametrize("parting", Parting)
+def test_however_much_is_parted_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, parting: Parting) -> None:
+    monkeypatch.setattr(Trials, "choose", lambda _: parting)
+    log = click_log(60)
+    plain, model = click_model(), click_model()
+    assert pipelined(model, log) == plain_losses(plain, log)
+    assert_same_state(model, plain)
 
 
 def test_frozen_tables_need_no_optimizer() -> None:

@@ -6,8 +6,7 @@ A `Lane` belongs to a collection, a `Visit` to a lane and a batch. The table thr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +21,26 @@ from dlrm_rs.row_formats import as_array
 __all__ = ["Lane", "Visit"]
 
 
+class Waiting(Protocol):
+    """What the threads of a pass wait for."""
+
+    def notify(self) -> None:
+        """Something of it has changed."""
+
+    def await_rows(self) -> None:
+        """Return when the rows of the user's batch are on their way to the device."""
+
+    def settle(self) -> None:
+        """Return when no update is outstanding."""
+
+
 class Lane:
     """A collection in a pipeline.
 
     Args:
         name: The collection's in the model, for messages.
         collection: The collection.
-        changed: Called when a gradient has been left.
-        settled: Called before a lookup of other features: returns when no update is outstanding.
+        run: The pass over the loader.
         check_finite: Whether a gradient with an infinity or a NaN is refused.
 
     Attributes:
@@ -40,20 +51,14 @@ class Lane:
         self,
         name: str,
         collection: EmbeddingBagCollection,
-        changed: Callable[[], None],
-        settled: Callable[[], None],
+        run: Waiting,
         check_finite: bool,
     ) -> None:
         self.name = name
         self.collection = collection
-        self.changed = changed
+        self.run = run
         self.check_finite = check_finite
         self.visit: Visit | None = None
-        self._settled = settled
-
-    def mark(self) -> Mark:
-        """The end of what the device has to do now."""
-        return self.collection._tables.output_device.mark()
 
     def take(self, features: KeyedJaggedTensor) -> Tensor | None:
         """The pooled rows of the batch's features, `(B, W)`; None for other features, to be looked up now.
@@ -69,7 +74,7 @@ class Lane:
                 f"features: expected those of the batch that the pipeline gave, as collection {self.name!r} is in one, "
                 "got others; tell the pipeline what it is called with (features=), or look up under torch.no_grad()"
             )
-        self._settled()
+        self.run.settle()
         return None
 
 
@@ -79,6 +84,9 @@ class Visit:
     Args:
         lane: The lane.
         features: What the model will look up.
+
+    Attributes:
+        wanted: The end of what the device had to do when the model wanted the rows; None before.
 
     Raises:
         ValueError: As of the collection's `forward`; weights of ids that want a gradient.
@@ -100,6 +108,7 @@ class Visit:
         self._out: Tensor | None = None
         self._argmax: Tensor | None = None
         self._sent: Sent | None = None
+        self.wanted: Mark | None = None
         self._taken = False
         self._gradient: Fetched | None = None
         self._factor = 1.0
@@ -197,12 +206,15 @@ class Visit:
 
     def take(self) -> Tensor:
         """The pooled rows, `(B, W)`, on the device."""
-        assert self._sent is not None
         if self._taken:
             raise RuntimeError(
                 f"features: expected one lookup of every batch, got a second one in collection {self.lane.name!r}; "
                 "a model that looks the same features up twice is to be trained without a pipeline"
             )
+        if self.wanted is None:
+            self.wanted = self._tables.output_device.mark()
+        self.lane.run.await_rows()
+        assert self._sent is not None
         rows = self._sent.tensor()
         if torch.is_grad_enabled() and True in self._trainable:
             self._taken = True
@@ -227,4 +239,4 @@ class Visit:
         # The learning rate of now: a scheduler may change it before the update runs.
         self._groups = [] if optimizer is None else optimizer.begin_step()
         self._gradient = self._tables.output_device.fetch(grad, torch.float32, self._sent)
-        self.lane.changed()
+        self.lane.run.notify()

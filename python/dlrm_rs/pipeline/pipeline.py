@@ -33,7 +33,8 @@ class Pipeline:
     Two ways to use it, with the same results: iterate over the losses, or over `batches()` with a loop of one's own.
 
     Updates are "exact" or "stale". Exact: every loss has the bits of the same loop without a pipeline. The rows that
-    batch `i` updates and batch `i + 1` looks up are updated first and looked up last; only these are waited for. Stale:
+    batch `i` updates and batch `i + 1` looks up are updated first and looked up last; only these are waited for (how
+    much is parted in this way is found by trial, since parting is work). Stale:
     batch `i + 1` is looked up before the update by batch `i`, so rows are one step old; nothing is waited for.
 
     Inside the loop the last update may still be running. A `state_dict`, and a lookup under `torch.no_grad`, wait for
@@ -129,7 +130,7 @@ class Pipeline:
                 yield loss.detach()
 
     def batches(self) -> Generator[Any]:
-        """Give every batch with its rows looked up, for a loop that runs the model and its backward.
+        """Give every batch, its rows being looked up, for a loop that runs the model and its backward.
 
         A batch without a backward updates nothing.
 

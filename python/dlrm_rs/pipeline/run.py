@@ -6,10 +6,13 @@ table thread    ids of batch i + 1 sorted and looked up, the update of batch i
 user's thread   the model: takes the pooled rows of a batch, leaves their gradient
 ```
 
+The user has a batch as soon as its ids are checked, and waits for its rows where the model looks them up: what comes
+before in the model is done by then.
+
 All that the threads share changes under one condition. A failure ends the pass: it is kept with the number of the
-batch that it belongs to and raised in the user's thread, when that asks for the batch (or, where an update fails, for
-the next one). Whatever ends the pass, the table thread first finishes the updates of gradients that have been left, so
-the tables are as they were after one batch or another, never in between.
+batch that it belongs to and raised in the user's thread, when that asks for the batch or its rows (or, where an update
+fails, for those of the next one). Whatever ends the pass, the table thread first finishes the updates of gradients that
+have been left, so the tables are as they were after one batch or another, never in between.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from torch.utils.hooks import RemovableHandle
 
 from dlrm_rs._dlrm_rs import Overlap
 from dlrm_rs.collection import EmbeddingBagCollection
-from dlrm_rs.devices.device import Mark
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.pipeline.lane import Lane, Visit
 from dlrm_rs.pipeline.parting import Parting, Trials
@@ -53,8 +55,7 @@ class Step:
         self.number = number
         self.batch = batch
         self.visits = visits
-        # The ends of the devices' queues when the user asked for it, and when its rows were on their way there.
-        self.asked: list[Mark] = []
+        # When its rows were on their way to the device; 0 before.
         self.sent_at = 0.0
         # Whether no gradient can come any more.
         self.is_sealed = False
@@ -102,9 +103,7 @@ class Run:
                     "pipeline's loop; end or close() that first"
                 )
         self._changed = threading.Condition()
-        self._lanes = [
-            Lane(name, collection, self._notify, self.settle, check_finite) for name, collection in collections.items()
-        ]
+        self._lanes = [Lane(name, collection, self, check_finite) for name, collection in collections.items()]
         self._loader, self._features = loader, features
         self._timeline = timeline
         self._is_stale = is_stale
@@ -137,27 +136,40 @@ class Run:
     # The user's thread.
 
     def next(self) -> Step | None:
-        """Seal the batch that the user has, and wait for the next one; None after the last.
+        """Seal the batch that the user has, and wait for the next one, its ids checked; None after the last.
 
         Raises:
             BaseException: What ended the pass.
         """
-        asked = [lane.mark() for lane in self._lanes]
         with self._changed:
             self._seal()
             self._changed.wait_for(lambda: self._ready or self._has_ended)
-            if self._failure is not None:
-                number, error = self._failure
-                if not self._ready or number < self._ready[0].number:
-                    self._has_raised = True
-                    raise error
+            if self._failure is not None and (not self._ready or self._failure[0] < self._ready[0].number):
+                self._raise()
             if not self._ready:
                 return None
             self._current = self._ready.popleft()
-            self._current.asked = asked
             for lane, visit in zip(self._lanes, self._current.visits, strict=True):
                 lane.visit = visit
             return self._current
+
+    def await_rows(self) -> None:
+        """Wait until the rows of the batch that the user has are on their way to the device.
+
+        Raises:
+            BaseException: What ended the pass before.
+        """
+        step = self._current
+        assert step is not None
+        with self._changed:
+            self._changed.wait_for(lambda: step.sent_at or self._has_ended)
+            if not step.sent_at:
+                self._raise()
+
+    def _raise(self) -> None:
+        assert self._failure is not None
+        self._has_raised = True
+        raise self._failure[1]
 
     def settle(self) -> None:
         """Wait until the tables have the update of every gradient that has been left."""
@@ -200,7 +212,8 @@ class Run:
 
     # Any thread.
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Have all threads look at what they wait for."""
         with self._changed:
             self._changed.notify_all()
 
@@ -319,14 +332,16 @@ class Run:
         with self._stage("sort", step):
             for visit in step.visits:
                 visit.prepare()
+        with self._changed:
+            self._ready.append(step)
+            self._changed.notify_all()
 
     def _publish(self, step: Step) -> None:
         with self._stage("send", step):
             for visit in step.visits:
                 visit.send()
-        step.sent_at = time.perf_counter()
         with self._changed:
-            self._ready.append(step)
+            step.sent_at = time.perf_counter()
             self._changed.notify_all()
 
     def _await_gradient(self, step: Step) -> None:
@@ -360,8 +375,9 @@ class Run:
                 for visit, overlap in zip(step.visits, step.overlaps, strict=True):
                     visit.update(overlap, "apart")
         self._timeline.steps += 1
-        if step.number > 0 and step.asked:  # to begin with there is nothing to hide behind
-            self._timeline.exposed += max(step.sent_at - max(mark.time() for mark in step.asked), 0.0)
+        wanted = [mark.time() for visit in step.visits if (mark := visit.wanted) is not None]
+        if step.number > 0 and wanted:  # to begin with there is nothing to hide behind
+            self._timeline.exposed += max(step.sent_at - max(wanted), 0.0)
         with self._changed:
             step.is_done = True
             self._changed.notify_all()
