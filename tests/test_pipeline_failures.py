@@ -28,6 +28,7 @@ from dlrm_rs import Pipeline
 from dlrm_rs.data import Batch
 from dlrm_rs.devices import StandIn
 from dlrm_rs.optim import SGD, RowWiseAdagrad
+from dlrm_rs.pipeline.lane import Visit
 from dlrm_rs.pipeline.pipeline import click_loss
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -368,3 +369,41 @@ def test_other_features_and_second_lookups_are_refused_where_they_are_trained() 
     with pytest.raises(RuntimeError, match="expected one lookup of every batch, got a second one"):
         list(Pipeline(model, dense_adam(model), log, twice))
     assert pipelined(model, log)
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_a_lookup_that_fails_ends_the_loop_at_once_and_only_for_who_wants_its_rows(
+    monkeypatch: pytest.MonkeyPatch, is_left: bool
+) -> None:
+    log = click_log(9)
+    lookup = Visit.lookup
+
+    def failing(visit: Visit, *part: Any) -> None:
+        if visit.is_of(log[5].sparse):
+            raise OSError("no such row")
+        lookup(visit, *part)
+
+    def train() -> None:
+        optimizer = dense_adam(model)
+        batches = Pipeline(model, None, log).batches()
+        for number, batch in enumerate(batches):
+            if is_left and number == 5:
+                break
+            optimizer.zero_grad()
+            click_loss(model, batch).backward()
+            optimizer.step()
+
+    monkeypatch.setattr(Visit, "lookup", failing)
+    model, plain = click_model(), click_model()
+    if is_left:
+        train()
+    else:
+        with pytest.raises(OSError, match="no such row") as raised:
+            train()
+        assert "of batch 5" in raised.value.__notes__[0]
+        del raised
+    plain_losses(plain, log[:5])
+    assert_same_state(model, plain)
+    assert threads() == []
+    monkeypatch.setattr(Visit, "lookup", lookup)
+    assert len(pipelined(model, log[:2])) == 2  # the loop before has let go of the tables

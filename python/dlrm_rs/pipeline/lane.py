@@ -60,6 +60,10 @@ class Lane:
         self.check_finite = check_finite
         self.visit: Visit | None = None
 
+    def mark(self) -> Mark:
+        """The end of what the device has to do now."""
+        return self.collection._tables.output_device.mark()
+
     def take(self, features: KeyedJaggedTensor) -> Tensor | None:
         """The pooled rows of the batch's features, `(B, W)`; None for other features, to be looked up now.
 
@@ -86,7 +90,7 @@ class Visit:
         features: What the model will look up.
 
     Attributes:
-        wanted: The end of what the device had to do when the model wanted the rows; None before.
+        is_lost: Whether a gradient has been left and given up.
 
     Raises:
         ValueError: As of the collection's `forward`; weights of ids that want a gradient.
@@ -108,11 +112,13 @@ class Visit:
         self._out: Tensor | None = None
         self._argmax: Tensor | None = None
         self._sent: Sent | None = None
-        self.wanted: Mark | None = None
+        self.is_lost = False
         self._taken = False
         self._gradient: Fetched | None = None
         self._factor = 1.0
         self._groups: list[dict[str, Any]] = []
+        self._trainable: list[bool] = []
+        self._updated: set[str | None] = set()
 
     def is_of(self, features: KeyedJaggedTensor) -> bool:
         """Whether these are the features of the batch."""
@@ -176,15 +182,20 @@ class Visit:
         if self._memory.overlaps(grad):
             grad = grad.clone()  # the update would write to what it still has to read
         self._grad = grad.numpy()
-        if True in self._trainable and any(group["clip_norm"] is not None for group in self._groups):
+        if self.is_trained and any(group["clip_norm"] is not None for group in self._groups):
             # By the norm of all rows, before the first of them moves.
             self._factor = self._prepared.clipped_factor(self._argmax_array(), self._grad, 1.0, self._groups)
 
     def update(self, overlap: Overlap | None = None, part: str | None = None) -> None:
-        """Update all rows by the gradient, or those on one side of the overlap of this batch with the next."""
-        if self._gradient is None or True not in self._trainable:
+        """Update all rows by the gradient, or those on one side of the overlap of this batch with the next; once."""
+        if self._gradient is None or not self.is_trained or part in self._updated:
             return
-        self._prepared.update(self._argmax_array(), self._grad, self._factor, self._groups, overlap, part)
+        try:
+            self._prepared.update(self._argmax_array(), self._grad, self._factor, self._groups, overlap, part)
+        except BaseException:
+            self.drop()
+            raise
+        self._updated.add(part)
         trained = zip(self._weights, self._trainable, strict=True)
         increment_version([weight for weight, is_trained in trained if is_trained])
 
@@ -192,9 +203,10 @@ class Visit:
         return None if self._argmax is None else self._argmax.numpy()
 
     def drop(self) -> None:
-        """Give up the update by a gradient that has been left."""
-        if self._gradient is not None:
+        """Give up the update by a gradient that has been left, if it has not begun."""
+        if self._gradient is not None and not self._updated:
             self._gradient = None
+            self.is_lost = True
             if self._tables.optimizer is not None:
                 self._tables.optimizer.take_back_step()
 
@@ -211,16 +223,19 @@ class Visit:
                 f"features: expected one lookup of every batch, got a second one in collection {self.lane.name!r}; "
                 "a model that looks the same features up twice is to be trained without a pipeline"
             )
-        if self.wanted is None:
-            self.wanted = self._tables.output_device.mark()
         self.lane.run.await_rows()
         assert self._sent is not None
         rows = self._sent.tensor()
-        if torch.is_grad_enabled() and True in self._trainable:
+        if torch.is_grad_enabled() and self.is_trained:
             self._taken = True
             rows = rows.detach().requires_grad_()
             rows.register_post_accumulate_grad_hook(self._leave)
         return rows
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of the tables is; known when the batch is prepared."""
+        return True in self._trainable
 
     @property
     def is_left(self) -> bool:

@@ -13,7 +13,7 @@ import statistics
 __all__ = ["Parting", "Trials"]
 
 # Steps of a trial; how many of its first ones do not count, as what they begin with is the way before's; and steps from
-# the end of the trials to the next ones: a trial of a way that takes twice as long costs 1 % of them.
+# the end of the trials to the next ones: trials of two ways that take twice as long cost 2 % of them.
 _TRIAL, _UNCOUNTED, _KEPT = 8, 3, 800
 
 

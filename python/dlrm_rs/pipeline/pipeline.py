@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
+from dlrm_rs.pipeline.parting import Trials
 from dlrm_rs.pipeline.run import Run
 from dlrm_rs.pipeline.split_backward import SplitBackward, linear_layers
 from dlrm_rs.pipeline.timeline import Summary, Timeline
@@ -33,9 +34,9 @@ class Pipeline:
     Two ways to use it, with the same results: iterate over the losses, or over `batches()` with a loop of one's own.
 
     Updates are "exact" or "stale". Exact: every loss has the bits of the same loop without a pipeline. The rows that
-    batch `i` updates and batch `i + 1` looks up are updated first and looked up last; only these are waited for (how
-    much is parted in this way is found by trial, since parting is work). Stale:
-    batch `i + 1` is looked up before the update by batch `i`, so rows are one step old; nothing is waited for.
+    batch `i` updates and batch `i + 1` looks up are updated first and looked up last; only these are waited for. (How
+    much is parted in this way is found by trial, since parting is work.) Stale: batch `i + 1` is looked up before the
+    update by batch `i`, so rows are one step old; nothing is waited for.
 
     Inside the loop the last update may still be running. A `state_dict`, and a lookup under `torch.no_grad`, wait for
     it; before a look at a `weight` itself, call `synchronize`. When the loop ends, however it does, all is done.
@@ -109,6 +110,7 @@ class Pipeline:
         self._features = find_features if features is None else features
         self._prefetch, self._check_finite, self._profile = prefetch, check_finite, profile
         self._is_split = split_backward
+        self._trials = Trials()
         self._run: Run | None = None
         self._timeline = Timeline(None)
 
@@ -132,7 +134,7 @@ class Pipeline:
     def batches(self) -> Generator[Any]:
         """Give every batch, its rows being looked up, for a loop that runs the model and its backward.
 
-        A batch without a backward updates nothing.
+        A batch without a backward updates nothing. Leave its ids as they are until the model has looked them up.
 
         Raises:
             RuntimeError: A loop over this pipeline, or another over the same tables, is running.
@@ -147,6 +149,7 @@ class Pipeline:
             self._named_features,
             self._timeline,
             is_stale=self._updates == "stale",
+            trials=self._trials,
             prefetch=self._prefetch,
             check_finite=self._check_finite,
         )

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dlrm_rs._dlrm_rs import Overlap
 from dlrm_rs.collection import EmbeddingBagCollection
+from dlrm_rs.devices.device import Mark
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.pipeline.lane import Lane, Visit
 from dlrm_rs.pipeline.parting import Parting, Trials
@@ -55,13 +56,17 @@ class Step:
         self.number = number
         self.batch = batch
         self.visits = visits
-        # When its rows were on their way to the device; 0 before.
+        # The ends of the devices' queues when the user asked for it, and when he had it.
+        self.asked: list[Mark] = []
+        self.given_at = 0.0
+        # Likewise when the model wanted its rows, and when these were on their way; 0 before.
+        self.wanted: list[Mark] = []
         self.sent_at = 0.0
         # Whether no gradient can come any more.
         self.is_sealed = False
         # Whether the gradients are on the host.
         self.has_gradient = False
-        # With the next batch, once the rows that both touch are updated.
+        # With the next batch, once its gradients are to be parted.
         self.overlaps: list[Overlap] | None = None
         # Whether the tables have had its update.
         self.is_done = False
@@ -69,7 +74,14 @@ class Step:
     @property
     def is_complete(self) -> bool:
         """Whether every gradient is there that will be."""
-        return self.is_sealed or all(visit.is_left for visit in self.visits)
+        trained = [visit for visit in self.visits if visit.is_trained]
+        return self.is_sealed or (bool(trained) and all(visit.is_left for visit in trained))
+
+    @property
+    def exposed(self) -> float:
+        """Seconds for which the devices, with nothing else to do, waited for the batch and then for its rows."""
+        waits = [(self.asked, self.given_at), (self.wanted, self.sent_at)]
+        return sum(max(end - max(mark.time() for mark in begin), 0.0) for begin, end in waits if begin)
 
 
 class Run:
@@ -81,6 +93,7 @@ class Run:
         features: What the collections look up of a batch, by their names.
         timeline: Where stages are recorded.
         is_stale: Whether a lookup goes before the update of the batch before.
+        trials: How much is parted where it does not.
         prefetch: Batches that wait for their lookup, at most.
         check_finite: Whether a gradient with an infinity or a NaN ends the pass.
     """
@@ -93,6 +106,7 @@ class Run:
         timeline: Timeline,
         *,
         is_stale: bool,
+        trials: Trials,
         prefetch: int,
         check_finite: bool,
     ) -> None:
@@ -107,7 +121,7 @@ class Run:
         self._loader, self._features = loader, features
         self._timeline = timeline
         self._is_stale = is_stale
-        self._parting = Trials()
+        self._trials = trials
         self._prefetch = prefetch
         self._loaded: deque[Step] = deque()
         self._ready: deque[Step] = deque()
@@ -141,6 +155,7 @@ class Run:
         Raises:
             BaseException: What ended the pass.
         """
+        asked = self._marks()
         with self._changed:
             self._seal()
             self._changed.wait_for(lambda: self._ready or self._has_ended)
@@ -149,6 +164,7 @@ class Run:
             if not self._ready:
                 return None
             self._current = self._ready.popleft()
+            self._current.asked, self._current.given_at = asked, time.perf_counter()
             for lane, visit in zip(self._lanes, self._current.visits, strict=True):
                 lane.visit = visit
             return self._current
@@ -161,15 +177,25 @@ class Run:
         """
         step = self._current
         assert step is not None
+        step.wanted = step.wanted or self._marks()
         with self._changed:
             self._changed.wait_for(lambda: step.sent_at or self._has_ended)
             if not step.sent_at:
                 self._raise()
 
+    def _marks(self) -> list[Mark]:
+        return [lane.mark() for lane in self._lanes]
+
     def _raise(self) -> None:
         assert self._failure is not None
+        number, error = self._failure
         self._has_raised = True
-        raise self._failure[1]
+        # What is raised knows the frames it went through, and by them this pass, which else would be kept by itself.
+        self._failure = number, RuntimeError("batches: expected no more of a loop that a failure has ended")
+        try:
+            raise error
+        finally:
+            del error
 
     def settle(self) -> None:
         """Wait until the tables have the update of every gradient that has been left."""
@@ -197,10 +223,9 @@ class Run:
             hook.remove()
         for lane in self._lanes:
             lane.collection._lane = None
-        if self._failure is not None and self._before is not None and not self._has_raised:
-            number, error = self._failure
-            if number <= self._before.number:
-                raise error
+        is_lost = self._before is not None and any(visit.is_lost for visit in self._before.visits)
+        if self._failure is not None and is_lost and not self._has_raised:
+            self._raise()
 
     def _seal(self) -> None:
         if self._current is not None:
@@ -268,6 +293,9 @@ class Run:
             with suppress(_EndedError):  # the first failure is kept
                 self._finish(before)
             self._drop(before)
+        except BaseException as error:
+            self._fail(0 if before is None else before.number, error, "table thread")
+            self._drop(before)
         finally:
             with self._changed:
                 self._has_ended = True
@@ -295,13 +323,13 @@ class Run:
 
     def _look_up_exact(self, before: Step | None, step: Step) -> None:
         self._prepare(step)
-        parting = Parting.NOTHING if before is None else self._parting.choose()
+        parting = Parting.NOTHING if before is None else self._trials.choose()
         if before is None or parting is Parting.NOTHING:
             self._finish(before)
             self._look_up(step)
         else:
             self._look_up_parted(before, step, parting)
-        self._parting.record(step.sent_at)
+        self._trials.record(step.sent_at)
 
     def _look_up(self, step: Step) -> None:
         with self._stage("lookup", step):
@@ -318,10 +346,10 @@ class Run:
                 for visit, overlap in zip(step.visits, overlaps, strict=True):
                     visit.lookup(overlap, "apart")
         self._await_gradient(before)
+        before.overlaps = overlaps
         with self._stage("update shared", before):
             for visit, overlap in zip(before.visits, overlaps, strict=True):
                 visit.update(overlap, "shared")
-            before.overlaps = overlaps
         with self._stage("lookup shared", step):
             for visit, overlap in zip(step.visits, overlaps, strict=True):
                 visit.lookup(overlap, "shared")
@@ -373,11 +401,11 @@ class Run:
                     visit.update()
             else:
                 for visit, overlap in zip(step.visits, step.overlaps, strict=True):
+                    visit.update(overlap, "shared")  # unless it has been done
                     visit.update(overlap, "apart")
-        self._timeline.steps += 1
-        wanted = [mark.time() for visit in step.visits if (mark := visit.wanted) is not None]
-        if step.number > 0 and wanted:  # to begin with there is nothing to hide behind
-            self._timeline.exposed += max(step.sent_at - max(wanted), 0.0)
+        self._timeline.steps += step.is_complete
+        if step.number > 0:  # to begin with there is nothing to hide behind
+            self._timeline.exposed += step.exposed
         with self._changed:
             step.is_done = True
             self._changed.notify_all()

@@ -22,12 +22,12 @@ class Summary:
     """Where the time of a run went.
 
     Attributes:
-        steps: Batches whose updates are done.
+        steps: Batches that the loop has had, and whose updates are done.
         wall: Seconds from the first stage to the end of the last.
         stages: Seconds of each stage, by its name.
         cpu: Seconds that the table thread worked.
         device: Seconds that the device worked, from having rows to having their gradient.
-        exposed: Seconds that the device, free and asked for the next batch, waited for its rows.
+        exposed: Seconds that the device, with nothing else to do, waited for the next batch and for its rows.
         updates: "exact" or "stale".
     """
 
