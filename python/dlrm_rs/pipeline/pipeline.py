@@ -30,6 +30,9 @@ class Pipeline:
     CPU        | update i - 1, lookup i + 1 | update i, ...
     ```
 
+    It is for dense layers on another device: on the CPU they want the cores that the tables work on, and a plain loop
+    is faster.
+
     Every `EmbeddingBagCollection` of the model takes part, each with a fused optimizer; other modules run as ever.
     Two ways to use it, with the same results: iterate over the losses, or over `batches()` with a loop of one's own.
 
