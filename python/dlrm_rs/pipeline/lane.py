@@ -6,7 +6,7 @@ A `Lane` belongs to a collection, a `Visit` to a lane and a batch. The table thr
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,20 +18,10 @@ from dlrm_rs.devices.device import Fetched, Mark, Sent
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.row_formats import as_array
 
+if TYPE_CHECKING:
+    from dlrm_rs.pipeline.run import Run
+
 __all__ = ["Lane", "Visit"]
-
-
-class Waiting(Protocol):
-    """What the threads of a pass wait for."""
-
-    def notify(self) -> None:
-        """Something of it has changed."""
-
-    def await_rows(self) -> None:
-        """Return when the rows of the user's batch are on their way to the device."""
-
-    def settle(self) -> None:
-        """Return when no update is outstanding."""
 
 
 class Lane:
@@ -51,7 +41,7 @@ class Lane:
         self,
         name: str,
         collection: EmbeddingBagCollection,
-        run: Waiting,
+        run: Run,
         check_finite: bool,
     ) -> None:
         self.name = name

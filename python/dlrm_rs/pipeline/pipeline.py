@@ -56,9 +56,10 @@ class Pipeline:
         prefetch: Batches that are loaded ahead, at least 1.
         check_finite: End with an error when a gradient has an infinity or a NaN, before it gets into a table.
         split_backward: In backward, compute the gradients of linear layers' weights after that of the pooled rows, so
-            that tables are updated and looked up meanwhile, with the same bits. False to save memory, as what these
-            gradients are made of is kept until then, and for what cannot be split: a backward that is differentiated
-            itself (`create_graph=True`), CUDA graphs, TorchScript, compiled autograd.
+            that tables are updated and looked up meanwhile. Bits are the same, but for the last ones of a weight that
+            gets three gradients and more, some of them by other ways than its layer's calls. False to save memory, as
+            what these gradients are made of is kept until then, and for what cannot be split: a backward that is
+            differentiated itself (`create_graph=True`), CUDA graphs, TorchScript, compiled autograd.
         profile: A file for a trace of the last loop, for chrome://tracing or Perfetto.
 
     Raises:
