@@ -241,6 +241,13 @@ class TableSet:
         contiguous.
         """
 
+    def batch_size(self, indices: object, offsets: object, per_sample_weights: object) -> int | None:
+        """`B` of arguments that `lookup` takes as they are: tensors, offsets among them and `(F * B + 1,)`.
+
+        None where any is something else, or of another dtype, shape or device, or not contiguous, or where torch does
+        not describe its tensors. The numbers in them are for `lookup` to check.
+        """
+
     def lookup(
         self,
         indices: _Ids,

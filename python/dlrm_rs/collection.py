@@ -137,7 +137,7 @@ class EmbeddingBagCollection(NamedTables):
         keyed_tensor: type[KeyedTensor] = beside(type(features), "KeyedTensor")
         values = None if self._lane is None else self._lane.take(features)
         if values is None:
-            values = self._run(self._lookup_call(features))
+            values = self._pooled(*self._of(features))
         inverse = features.inverse_indices_or_none()
         if inverse is not None or features.variable_stride_per_key():
             strides = self._in_order(features).stride_per_key()
@@ -171,18 +171,27 @@ class EmbeddingBagCollection(NamedTables):
             >>> collection.lookup(torch.tensor([0, 1, 3]), torch.tensor([0, 2, 3])).detach()
             tensor([[2., 1.]])
         """
-        return self._run(self._checked("indices", indices, "offsets", offsets, per_sample_weights))
+        return self._pooled("indices", indices, "offsets", offsets, per_sample_weights)
 
     def _lookup_call(self, features: KeyedJaggedTensor) -> LookupCall:
         """What `forward` looks up."""
+        return self._checked(*self._of(features))
+
+    def _of(self, features: KeyedJaggedTensor) -> tuple[str, Tensor, str, Tensor, Tensor | None]:
+        """The ids, offsets and weights of ids in a batch, by the names that a user knows."""
         inverse = features.inverse_indices_or_none()
         features = self._in_order(features)
         ids, offsets, weights = features.values(), features.offsets(), features.weights_or_none()
         if inverse is not None or features.variable_stride_per_key():
             offsets = fill_up(offsets, features.stride_per_key())
-        return self._checked("features.values()", ids, "features.offsets()", offsets, weights)
+        return "features.values()", ids, "features.offsets()", offsets, weights
 
-    def _run(self, call: LookupCall) -> Tensor:
+    def _pooled(self, ids_name: str, ids: Tensor, offsets_name: str, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        if (weights is not None) is self._is_weighted:
+            at_once = operators.lookup_at_once(self._tables, ids, offsets, weights)
+            if at_once is not None:
+                return at_once
+        call = self._checked(ids_name, ids, offsets_name, offsets, weights)
         pooled = operators.lookup(self._tables, *call, scale_grad_by_freq=self._scale_grad_by_freq)
         return pooled if self._tables.output_device is CPU else to_device(pooled, self._tables.output_device)
 

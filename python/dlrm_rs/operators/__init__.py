@@ -1,8 +1,9 @@
 """The engine's calls as torch operations: the only files that define autograd on the engine.
 
-One crossing to Rust per forward and one per backward, however many tables. Two ways lead there:
+One crossing to Rust per forward and one per backward, however many tables. Three ways lead there:
 
 - `direct`, an `autograd.Function`, is what modules take: it costs the least.
+- `at_once`, the same for calls that no backward follows: it asks nothing that such a call does not need.
 - `traced`, by the operators `torch.ops.dlrm_rs` that a graph can hold, is what they take while `torch.compile` or
   `torch.export` traces them. `registered` has these operators.
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dlrm_rs.operators import direct, traced
+from dlrm_rs.operators.at_once import lookup as lookup_at_once
 from dlrm_rs.tables import EmbeddingTables
 
-__all__ = ["lookup", "renorm"]
+__all__ = ["lookup", "lookup_at_once", "renorm"]
 
 
 def lookup(

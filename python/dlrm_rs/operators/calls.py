@@ -18,6 +18,7 @@ from dlrm_rs.row_formats import TAKES_TENSORS, as_array
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = [
+    "CPU_DEVICE",
     "agree",
     "array",
     "check_fused",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 # Its name would be looked up at every call.
-_CPU = torch.device("cpu")
+CPU_DEVICE = torch.device("cpu")
 
 # `indices, offsets, batch_size`, as of `operators.lookup`.
 Bags = tuple[Tensor, Tensor | None, int]
@@ -53,7 +54,7 @@ def lookup(
     rows = batch_size if shape.pooled else indices.numel()
     if outputs is None:
         # `device`, lest a default device that the user has set is taken.
-        out = torch.empty(rows, shape.width, dtype=shape.output_dtype, device=_CPU)
+        out = torch.empty(rows, shape.width, dtype=shape.output_dtype, device=CPU_DEVICE)
     else:
         out = outputs.take((rows, shape.width), shape.output_dtype)
     given: Any = indices, offsets, batch_size, per_sample_weights, out, argmax

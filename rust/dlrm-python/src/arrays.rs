@@ -14,7 +14,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 
-use crate::tensors::{Elements, Kind, is_plain, view};
+use crate::tensors::{Elements, Kind, View, is_plain, view};
 
 /// Ids or offsets.
 pub(crate) enum Integers<'py> {
@@ -132,6 +132,13 @@ pub(crate) fn input<'py, T: Number>(name: &str, object: &Bound<'py, PyAny>) -> P
 /// An array or a tensor to write, of any shape.
 pub(crate) fn output<'py, T: Number>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Writable<'py, T>> {
     Given::new(name, object)?.typed::<T>()?.output()
+}
+
+/// The elements of a tensor that is taken as it is: of one dimension, contiguous, of one of these kinds.
+pub(crate) fn vector_len(object: &Bound<'_, PyAny>, kinds: &[Kind]) -> Option<usize> {
+    let fits = |view: &View<'_>| view.shape.len() == 1 && view.is_contiguous() && kinds.contains(&view.kind);
+    let len = view(object, |view| fits(&view).then(|| view.len())).ok()??;
+    len.filter(|_| is_plain(object))
 }
 
 /// An element, and how `DLPack` says that it is one.

@@ -10,7 +10,7 @@ use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping};
 
-use crate::arrays::{BagArrays, Input, OutputArray, input, output};
+use crate::arrays::{BagArrays, Input, Number, OutputArray, input, output, vector_len};
 use crate::call::call;
 use crate::error::BindingError;
 use crate::table_rows::{Spare, TableRows, WithErrors, encoding};
@@ -227,6 +227,22 @@ impl TableSet {
         }
         let memory = views::borrowed("array", array)?;
         call(py, |_| self.0.put_state(table, part, memory))
+    }
+
+    fn batch_size(
+        &self,
+        indices: Any<'_, '_>,
+        offsets: Any<'_, '_>,
+        per_sample_weights: Option<Any<'_, '_>>,
+    ) -> Option<usize> {
+        let integers = [i32::KIND, i64::KIND];
+        let ids = vector_len(indices, &integers)?;
+        let bags = vector_len(offsets, &integers)?.checked_sub(1)?;
+        if per_sample_weights.is_some_and(|weights| vector_len(weights, &[f32::KIND]) != Some(ids)) {
+            return None;
+        }
+        let batch = bags.checked_div(self.0.features().len())?;
+        (batch * self.0.features().len() == bags).then_some(batch)
     }
 
     fn lookup(
