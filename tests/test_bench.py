@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 
 import dlrm_rs
 from dlrm_rs.__main__ import main
+from dlrm_rs.bench import cases as bench_cases
 from dlrm_rs.bench import quantize, run
 from dlrm_rs.bench.arguments import Arguments
-from dlrm_rs.bench.cases import Case, IdBatch, capped, cases, id_batches
+from dlrm_rs.bench.cases import Case, IdBatch, batches_in_rotation, capped, cases, id_batches
 from dlrm_rs.bench.check import WrongOutputError, check_side
 from dlrm_rs.bench.job import CEILING
 from dlrm_rs.bench.lookup import LookupJob
@@ -54,14 +55,14 @@ def threads_stay(engine_settings: None) -> Iterator[None]:
 
 
 def batch(shape: Shape = SMALL) -> IdBatch:
-    return id_batches(shape, Case(shape.batch_sizes[0], shape.zipf, 1))[0]
+    return id_batches(shape, Case(shape.batch_sizes[0], shape.zipf, 1), "fp32")[0]
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_has_its_ids(name: str) -> None:
     shape = capped(name, 1000)
     case = cases(name, Arguments(threads=("1",)))[0]
-    batches = id_batches(shape, case)
+    batches = id_batches(shape, case, "fp32")
     assert len(batches) >= 8
     assert len({tuple(batch.indices[:50].tolist()) for batch in batches}) == len(batches)
     for made in batches[:2]:
@@ -85,7 +86,9 @@ def test_cases() -> None:
 
 def test_zipf_is_skewed_and_uniform_is_not() -> None:
     shape = Shape((100_000,), 8, (100,), (100,), 1.05)
-    skewed, uniform = (id_batches(shape, Case(100, zipf, 1))[0].indices.unique().numel() for zipf in (1.05, 0.0))
+    skewed, uniform = (
+        id_batches(shape, Case(100, zipf, 1), "fp32")[0].indices.unique().numel() for zipf in (1.05, 0.0)
+    )
     assert skewed < uniform * 0.7
 
 
@@ -220,12 +223,39 @@ def test_quantization_is_measured(row_format: str, threads_stay: None, monkeypat
         QuantizeJob("SINGLE", row_format, (), "plain", (1,), 1000).run()
 
 
+def recorded(batches: int, seen: list[tuple[str, int]]) -> dict[str, list[Callable[[], None]]]:
+    """Calls of two sides that write down whose they are, and of which batch."""
+
+    def call(name: str, k: int) -> Callable[[], None]:
+        return lambda: seen.append((name, k))
+
+    return {name: [call(name, k) for k in range(batches)] for name in "ab"}
+
+
 def test_times_are_in_turn() -> None:
-    seen: list[str] = []
-    calls = {name: [lambda name=name, k=k: seen.append(f"{name}{k}") for k in range(8)] for name in "ab"}
-    times = time_in_turn(calls, seconds=0)
-    assert seen == ["a7", "a0", "a1", "a2", "b7", "b0", "b1", "b2"]  # the first is not timed
-    assert times["a"].calls == times["b"].calls == 3
+    seen: list[tuple[str, int]] = []
+    times = time_in_turn(recorded(8, seen), seconds=0)
+    assert seen == [*[("a", k) for k in (0, 1, 2, 3)], *[("b", k) for k in (4, 5, 6, 7)]]
+    assert times["a"].calls == times["b"].calls == 3  # the first is not timed
+
+
+@pytest.mark.parametrize("batches", [8, 9, 50])
+def test_no_side_gets_a_batch_before_all_others_have_come(batches: int) -> None:
+    seen: list[tuple[str, int]] = []
+    time_in_turn(recorded(batches, seen), seconds=0.2)
+    assert all(k == i % batches for i, (_, k) in enumerate(seen))
+    assert {("a", k) for k in range(batches)} <= set(seen)
+    assert {name for name, _ in seen} == {"a", "b"}
+
+
+@pytest.mark.parametrize("row_format", ["fp32", "int8", "int4"])
+def test_a_rotation_reads_twice_what_the_cache_holds(row_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {"fp32": 4, "int8": 1, "int4": 1}[row_format]
+    for cache, rotation in ((0, 64 << 20), (48 << 20, 96 << 20)):
+        monkeypatch.setattr(bench_cases, "cache_bytes", lambda cache=cache: cache)
+        count = batches_in_rotation(SHAPES["SINGLE"], 16, row_format)
+        assert 0 <= count * 16 * 26 * lines * 64 - rotation < 16 * 26 * lines * 64
+    assert batches_in_rotation(SHAPES["GIANT"], 4096, row_format) == (8 if row_format == "fp32" else 12)
 
 
 def test_tables_that_do_not_fit_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:

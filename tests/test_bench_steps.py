@@ -52,7 +52,7 @@ def check(side: Peer | type[OursTraining], row_format: str, optimizer: str, chec
     make = side.make if isinstance(side, Peer) else side
     for shape in (SMALL, EVEN):
         rows = Rows()
-        batches = id_batches(shape, Case(9, shape.zipf, 1))
+        batches = id_batches(shape, Case(9, shape.zipf, 1), row_format)
         check_training(partial(make, row_format, optimizer, shape, rows), batches, rows, row_format, checked_as)
 
 

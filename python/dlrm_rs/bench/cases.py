@@ -17,17 +17,21 @@ from torch import Tensor
 
 import dlrm_rs
 from dlrm_rs.bench.arguments import Arguments
+from dlrm_rs.bench.rows import row_bytes
 from dlrm_rs.data.synthetic import SHAPES, Shape
 from dlrm_rs.data.zipf import scatter, zipf_ranks
+from dlrm_rs.machine import cache_bytes
 
 # Which distributions a shape is timed with: its own Zipf exponent, uniform, or both. Click logs are never uniform, but
 # uniform ids show memory at its slowest.
 UNIFORM_TOO = ("SINGLE", "MULTI", "RM1", "RM2", "RM3")
 
-# Batches in rotation: enough for their rows to leave the caches before a batch comes again, and never fewer than 8.
-FEWEST_BATCHES = 8
-MOST_BATCHES = 512
+# Batches in rotation: as many as read twice the last-level cache, and this at least, before a batch comes again.
 ROTATION_BYTES = 64 << 20
+# But never fewer than 8, and no more than can be made in seconds.
+FEWEST_BATCHES = 8
+MOST_BATCHES = 4096
+CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -103,18 +107,30 @@ class IdBatch:
     tables: list[tuple[Tensor, Tensor]]
 
 
-def id_batches(shape: Shape, case: Case, seed: int = 0) -> list[IdBatch]:
-    """Batches to be taken in rotation; the same for the same arguments.
+def batches_in_rotation(shape: Shape, batch_size: int, row_format: str) -> int:
+    """How many batches read the bytes of a rotation, by the cache lines of their rows.
+
+    Example:
+        >>> shape = Shape((1 << 20,), 64, (1,), (2,), 0.0)
+        >>> batches_in_rotation(shape, 1 << 20, "fp32"), batches_in_rotation(shape, 1, "fp32")
+        (8, 4096)
+    """
+    lines = math.ceil(row_bytes(row_format, shape.embedding_dim) / CACHE_LINE)
+    of_batch = batch_size * sum(shape.ids_per_bag) * lines * CACHE_LINE
+    wanted = math.ceil(max(ROTATION_BYTES, 2 * cache_bytes()) / of_batch)
+    return min(max(wanted, FEWEST_BATCHES), MOST_BATCHES)
+
+
+def id_batches(shape: Shape, case: Case, row_format: str, seed: int = 0) -> list[IdBatch]:
+    """Batches to be taken in rotation; the same for the same arguments, on one machine.
 
     Example:
         >>> shape = Shape((10, 20), 4, (1, 3), (2,), 0.0)
-        >>> batch = id_batches(shape, Case(2, 0.0, 1))[0]
+        >>> batch = id_batches(shape, Case(2, 0.0, 1), "fp32")[0]
         >>> batch.offsets.tolist(), [ids.shape for ids, _ in batch.tables]
         ([0, 1, 2, 5, 8], [torch.Size([2, 1]), torch.Size([2, 3])])
     """
-    row_bytes = shape.embedding_dim * 4
-    batch_bytes = case.batch_size * sum(shape.ids_per_bag) * row_bytes
-    count = min(max(math.ceil(ROTATION_BYTES / batch_bytes), FEWEST_BATCHES), MOST_BATCHES)
+    count = batches_in_rotation(shape, case.batch_size, row_format)
     rng = np.random.default_rng(seed)
     B = case.batch_size
     drawn = [

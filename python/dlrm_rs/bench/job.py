@@ -126,5 +126,5 @@ def _with_batches(job: SidesJob) -> Iterator[tuple[Case, list[IdBatch]]]:
     for case in job.cases:
         key = (case.batch_size, case.zipf)
         if drawn is None or drawn[0] != key:
-            drawn = (key, id_batches(shape, case))
+            drawn = (key, id_batches(shape, case, job.row_format))
         yield case, drawn[1]

@@ -38,7 +38,7 @@ class StepJob(SidesJob):
     def check(self, case: Case, batch: IdBatch, sides: Sequence[Side], rows: Rows) -> None:
         """Check some steps of every use, on small tables."""
         shape = capped(self.shape, CHECKED_ROWS)
-        batches = id_batches(shape, case)
+        batches = id_batches(shape, case, self.row_format)
         make_ours, make_peers = self.makers()
         for make in (make_ours, *make_peers):
             check_training(partial(make, shape, rows), batches, rows, self.row_format, self.optimizer)

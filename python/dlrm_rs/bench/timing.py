@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from time import perf_counter, process_time
 from typing import TypeVar
 
@@ -54,8 +55,11 @@ class Times:
 def time_in_turn(sides: Mapping[Name, Sequence[Call]], seconds: float) -> dict[Name, Times]:
     """Time sides, in turns of some calls each, until they have taken `seconds` together and each has had a turn.
 
+    There is one rotation of batches for all of them: whoever comes next goes on where the one before has stopped. So no
+    side finds in a cache what another, with the same tables, has just looked up: a batch comes again after all others.
+
     Args:
-        sides: For each its calls, one for every batch, taken in rotation; as many for all.
+        sides: For each its calls, one for every batch; as many for all.
         seconds: When to stop.
 
     Example:
@@ -63,27 +67,28 @@ def time_in_turn(sides: Mapping[Name, Sequence[Call]], seconds: float) -> dict[N
         ['a', 'b']
     """
     names = list(sides)
+    batches = cycle(range(len(sides[names[0]])))
     timed: dict[Name, list[float]] = {name: [] for name in names}
     cpu = dict.fromkeys(names, 0.0)
     start, turn = perf_counter(), 0
     while turn == 0 or perf_counter() - start < seconds:
         # Another begins every time.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            cpu[name] += _take_turn(sides[name], turn * TURN, seconds / len(names), timed[name])
+            cpu[name] += _take_turn(sides[name], batches, seconds / len(names), timed[name])
         turn += 1
     return {name: Times.of(timed[name], cpu[name]) for name in names}
 
 
-def _take_turn(calls: Sequence[Call], first: int, seconds: float, timed: list[float]) -> float:
+def _take_turn(calls: Sequence[Call], batches: Iterator[int], seconds: float, timed: list[float]) -> float:
     """Append the times of calls to `timed`, few when they take longer than `seconds`; returns their CPU time."""
-    calls[(first - 1) % len(calls)]()
+    calls[next(batches)]()
     cpu, end = process_time(), perf_counter() + seconds
-    for k in range(first, first + TURN):
-        call = calls[k % len(calls)]
+    for k in range(1, TURN + 1):
+        call = calls[next(batches)]
         start = perf_counter()
         output = call()
         timed.append(perf_counter() - start)
         del output  # what freeing it takes is no part of the call
-        if k - first + 1 >= SHORTEST_TURN and perf_counter() > end:
+        if k >= SHORTEST_TURN and perf_counter() > end:
             break
     return process_time() - cpu
