@@ -223,6 +223,31 @@ def test_initial_accumulator_value(kind: type[Adagrad]) -> None:
         (lambda: Adagrad(eps=1e-60), ValueError, "eps: expected a number above 0 in float32, .* got 1e-60"),
         (lambda: RowWiseAdagrad(lr=1.0, eps=1e-39), ValueError, "lr / eps to be finite in float32, .* got 1.0 and 1e"),
         (lambda: SGD(lr=cast(float, "0.1")), TypeError, "lr: expected a number, got str"),
+        (lambda: SGD(lr=cast(float, torch.ones(2))), TypeError, r"lr: expected a number, got a tensor of shape \(2,\)"),
+        (lambda: SGD(lr=cast(float, torch.tensor(-1.0))), ValueError, "lr: .* got -1.0"),
+        (lambda: Adam(betas=cast(Any, 0.9)), TypeError, "betas: expected a pair of numbers, got 0.9"),
+        (lambda: Adam(betas=cast(Any, (0.9,))), TypeError, r"betas: expected a pair of numbers, got \(0.9,\)"),
+        (lambda: Adam(betas=cast(Any, "ab")), TypeError, "betas: expected a number, got str"),
+        (lambda: Adam(betas=(0.9, 1.0)), ValueError, "betas: expected a number from 0 to below 1, got 1.0"),
+        (lambda: SGD(0.1, table_lr=cast(Any, [1])), TypeError, r"table_lr: expected .* as a dict, got \[1\]"),
+        (lambda: SGD(0.1, table_lr=cast(Any, None)), TypeError, "table_lr: expected .* as a dict, got None"),
+        (lambda: SGD(0.1, table_lr={"t": -1.0}), ValueError, r"table_lr\['t'\]: expected a finite number .* got -1.0"),
+        (lambda: SGD(0.1, check_finite=cast(Any, "no")), TypeError, "check_finite: expected True or False, got 'no'"),
+        (lambda: SGD(0.1, split_bf16=cast(Any, "x")), TypeError, "split_bf16: expected True or False, got 'x'"),
+        (lambda: SGD(0.1, 0.9, cast(Any, "yes")), TypeError, "nesterov: expected True or False, got 'yes'"),
+        (
+            lambda: SGD(0.1, decoupled_weight_decay=cast(Any, "x")),
+            TypeError,
+            "decoupled_weight_decay: expected True or False, got 'x'",
+        ),
+        (lambda: SGD(0.1, nesterov=True), ValueError, "nesterov: expected False where momentum is 0, got True"),
+        (lambda: SGD(0.1, update=cast(Any, "foo")), ValueError, "update: expected 'backward' or 'step', got 'foo'"),
+        (lambda: SGD(0.1, seed=-1), ValueError, "seed: .* got -1"),
+        (
+            lambda: dlrm_rs.EmbeddingBag(3, 2, dtype="fp16", optimizer=SGD(0.1, split_bf16=True)),
+            ValueError,
+            "split_bf16: expected a table of bf16 rows, .* got only rows of fp16",
+        ),
         (
             lambda: dlrm_rs.EmbeddingBag(3, 2, optimizer=cast(OptimizerSpec, torch.optim.SGD)),
             TypeError,
@@ -233,6 +258,40 @@ def test_initial_accumulator_value(kind: type[Adagrad]) -> None:
 def test_bad_specs(make: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+def test_specs_take_what_torchs_optimizers_take() -> None:
+    spec = Adam(lr=cast(Any, torch.tensor(0.1)), betas=cast(Any, [0.8, 0.9]), table_lr={"t": cast(Any, torch.ones(1))})
+    assert spec == Adam(lr=torch.tensor(0.1).item(), betas=(0.8, 0.9), table_lr={"t": 1.0})
+    assert type(spec.lr) is float
+    module, optimizer = fused(SGD(lr=1.0))
+    before = module.weight[0, 0].item()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    module(torch.tensor([[0]])).sum().backward()
+    assert module.weight[0, 0].item() == before - 0.5
+
+
+def test_split_bf16_is_for_a_set_of_tables_with_some_in_bf16() -> None:
+    spec = SGD(lr=0.1, split_bf16=True)
+    tables = [dlrm_rs.EmbeddingBagConfig(name, 3, 2, [name], data_type=name) for name in ("fp32", "bf16", "int8")]
+    collection = dlrm_rs.EmbeddingBagCollection(tables, optimizer=spec)
+    assert collection.fused_optimizer is not None
+    states = collection.fused_optimizer.state_dict()["state"]
+    assert [list(states.get(table, ())) for table in range(3)] == [[], ["low_bits"], []]
+    with pytest.raises(ValueError, match=r"split_bf16: expected .* got only rows of fp32, int8"):
+        dlrm_rs.EmbeddingBagCollection([tables[0], tables[2]], optimizer=spec)
+
+
+def test_split_bf16_is_for_a_model_with_some_tables_in_bf16() -> None:
+    spec = SGD(lr=0.1, split_bf16=True)
+    model = torch.nn.ModuleList([torch.nn.EmbeddingBag(3, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)])
+    with pytest.raises(ValueError, match=r"split_bf16: expected .* got only rows of fp32"):
+        dlrm_rs.replace_embeddings(model[0], optimizer=spec)
+    assert type(model[0]) is torch.nn.EmbeddingBag
+    dlrm_rs.replace_embeddings(model, optimizer=spec)
+    optimizers = [cast(dlrm_rs.EmbeddingBag, module).fused_optimizer for module in model]
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers if optimizer is not None]
+    assert [list(state.get(0, ())) for state in states] == [[], ["low_bits"]]
 
 
 def fused(spec: OptimizerSpec, dtype: str = "fp32") -> tuple[dlrm_rs.EmbeddingBag, dlrm_rs.optim.FusedOptimizer]:
@@ -504,8 +563,9 @@ def test_stochastic_rounding_moves_rows_by_less_than_they_can_hold(dtype: str) -
 
 def test_split_bf16_is_fp32_training() -> None:
     weight = torch.randn(20, 33).bfloat16()
-    for spec in [dataclasses.replace(spec, split_bf16=True) for spec in SPECS]:
-        ours = dlrm_rs.EmbeddingBag(20, 33, mode="sum", _weight=weight.clone(), dtype="bf16", optimizer=spec)
+    for spec in SPECS:
+        split = dataclasses.replace(spec, split_bf16=True)
+        ours = dlrm_rs.EmbeddingBag(20, 33, mode="sum", _weight=weight.clone(), dtype="bf16", optimizer=split)
         fp32 = dlrm_rs.EmbeddingBag(20, 33, mode="sum", _weight=weight.float(), optimizer=spec)
         for step in [batch(20, 16) for _ in range(10)]:
             grad = torch.randn(len(step.offsets) - 1, 33)

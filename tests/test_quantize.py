@@ -114,7 +114,7 @@ def test_a_fused_optimizer_is_given_up_with_its_state(options: dict[str, Any]) -
 @pytest.mark.parametrize("split", [False, True])
 def test_a_fused_optimizer_trains_on_in_every_row_format(split: bool) -> None:
     spec = dlrm_rs.optim.Adagrad(lr=0.1, split_bf16=split)
-    bags = dlrm_rs.EmbeddingBag(100, 8, mode="sum", optimizer=spec)
+    bags = dlrm_rs.EmbeddingBag(100, 8, mode="sum", dtype="bf16", optimizer=spec)
     ids = torch.tensor([[1, 2]])
     for steps, dtype in enumerate(("fp16", "int8", "bf16", "int4", "fp32", "int2", "bf16"), 1):
         change = dlrm_rs.quantize if dtype.startswith("int") else dlrm_rs.dequantize

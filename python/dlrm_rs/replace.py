@@ -7,6 +7,7 @@ an optimizer that was made over `model.parameters()` goes on working.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -114,7 +115,9 @@ def replace_embeddings(
             same = TORCH_DTYPES.get(format_of(embedding.weight.dtype)) is embedding.weight.dtype
             _check_sharing(name, embedding, owners, alone=optimizer is not None or not same)
     # From here on only memory can run out. A Parameter that has moved by then serves torch's module as it did before.
-    tables = [one.tables(format_of, optimizer, hot_rows) for one in found]
+    formats = [{format_of(embedding.weight.dtype) for _, embedding in one.embeddings} for one in found]
+    specs = [_for_some(optimizer, own, set().union(*formats)) for own in formats]
+    tables = [one.tables(format_of, spec, hot_rows) for one, spec in zip(found, specs, strict=True)]
     taken = [
         torch_ao.tables_of(name, module, None if dtype is None else row_format("dtype", dtype))
         for name, module in quantized
@@ -129,6 +132,13 @@ def replace_embeddings(
     if optimizer is not None:
         leave_tables_to_each_process(model)
     return model
+
+
+def _for_some(optimizer: OptimizerSpec | None, own: set[str], of_all: set[str]) -> OptimizerSpec | None:
+    """The optimizer for tables of some row formats: without `split_bf16` where only others have bf16 rows."""
+    if isinstance(optimizer, OptimizerSpec) and "bf16" in of_all - own:
+        return dataclasses.replace(optimizer, split_bf16=False)
+    return optimizer
 
 
 class _Found(NamedTuple):

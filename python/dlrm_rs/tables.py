@@ -99,7 +99,7 @@ class EmbeddingTables:
     Raises:
         TypeError: A weight is not of a floating dtype, or `optimizer` is not one of `dlrm_rs.optim`.
         ValueError: A weight is not of the table's shape, or has numbers that the row format cannot hold, or a table or
-            feature makes no sense.
+            feature makes no sense, or `optimizer` is of no use for their row formats.
         MemoryError: The tables cannot be allocated.
     """
 
@@ -116,10 +116,12 @@ class EmbeddingTables:
         output_dtype: torch.dtype = torch.float32,
         hot_rows: Sequence[float] | None = None,
     ) -> None:
-        if optimizer is not None and not isinstance(optimizer, OptimizerSpec):
-            raise TypeError(
-                f"optimizer: expected None or one of dlrm_rs.optim, as dlrm_rs.optim.SGD(lr=0.1), got {optimizer!r}"
-            )
+        if optimizer is not None:
+            if not isinstance(optimizer, OptimizerSpec):
+                raise TypeError(
+                    f"optimizer: expected None or one of dlrm_rs.optim, as dlrm_rs.optim.SGD(lr=0.1), got {optimizer!r}"
+                )
+            optimizer.check_row_formats({table.row_format for table in tables})
         self.tables = tuple(map(_checked, tables))
         self.features = tuple(features)
         self.row_formats = [table.row_format for table in tables]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -30,7 +30,7 @@ __all__ = [
 
 # Of how a spec is used, not of its formula: not in parameter groups.
 _USES = ("table_lr", "split_bf16", "state_dtype", "initial_accumulator_value")
-_NO_NUMBERS = ("update", "check_finite", "split_bf16", "state_dtype", "nesterov", "decoupled_weight_decay")
+_FLAGS = ("check_finite", "split_bf16", "nesterov", "decoupled_weight_decay")
 # None for no bound.
 _BOUNDS = ("clip_norm", "clip_value", "max_norm")
 # Decay by this much leaves less than nothing.
@@ -40,6 +40,8 @@ _BELOW_ONE = ("betas", "momentum", "alpha")
 @dataclass(frozen=True)
 class OptimizerSpec:
     """What every spec has.
+
+    A tensor of one number, as torch's optimizers take for `lr`, is taken as that number.
 
     Args:
         lr: Learning rate, at least 0.
@@ -54,7 +56,8 @@ class OptimizerSpec:
             are.
         split_bf16: Keep the lower 16 bits of bf16 rows beside them, in the optimizer's state: updates are then those of
             fp32 rows, and lookups read the bfloat16 nearest to each element. Else bf16 rows, and always fp16 rows and
-            the codes of quantized ones, are rounded stochastically, unbiased, after every update.
+            the codes of quantized ones, are rounded stochastically, unbiased, after every update. A module without a
+            table of bf16 rows refuses it, `replace_embeddings` a model.
         state_dtype: How sums, means and momentum are kept: "fp32", or "bf16" (or the torch dtypes), which takes half
             the bytes. Arithmetic is in fp32, and the result rounded stochastically: by rounding to the nearest a sum
             would stop to grow, and a mean would not follow. So a sum or mean of squares is unbiased, and off by some
@@ -79,17 +82,8 @@ class OptimizerSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.update not in ("backward", "step"):
-            raise ValueError(f"update: expected 'backward' or 'step', got {self.update!r}")
-        self.state_format  # noqa: B018 # refuses what is none
-        numbers = {item.name: getattr(self, item.name) for item in fields(self)}
-        numbers.update({f"table_lr[{name!r}]": lr for name, lr in numbers.pop("table_lr").items()})
-        for name, value in numbers.items():
-            if name in _NO_NUMBERS:
-                continue
-            for number in value if name == "betas" else (value,):
-                if not (number is None and name in _BOUNDS):
-                    _check_number(name, number)
+        for item in fields(self):
+            object.__setattr__(self, item.name, _checked(item.name, getattr(self, item.name)))  # as it is frozen
 
     @property
     def state_format(self) -> str:
@@ -110,6 +104,21 @@ class OptimizerSpec:
 
     def fill_state(self, state: Mapping[str, Tensor]) -> None:
         """Write the value that the state of a new table has."""
+
+    def check_row_formats(self, row_formats: Collection[str]) -> None:
+        """Refuse what none of some tables can use.
+
+        Args:
+            row_formats: How the rows of the tables are stored.
+
+        Raises:
+            ValueError: `split_bf16` without bf16 rows.
+        """
+        if self.split_bf16 and "bf16" not in row_formats:
+            raise ValueError(
+                "split_bf16: expected a table of bf16 rows, whose lower halves are to be kept, got only rows of "
+                f"{', '.join(sorted(row_formats))}"
+            )
 
     def _check_eps(self) -> None:
         lr, eps = self.lr, getattr(self, "eps")  # noqa: B009 # of those that have one
@@ -163,6 +172,11 @@ class SGD(_Decayed):
 
     momentum: float = 0.0
     nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov and not self.momentum:
+            raise ValueError(f"nesterov: expected False where momentum is 0, got {self.nesterov}")
 
     @property
     def algorithm(self) -> str:  # type: ignore[override] # by the momentum
@@ -374,7 +388,39 @@ class FTRL(OptimizerSpec):
             raise ValueError(f"lr: expected a number above 0 in float32 for FTRL, which divides by it, got {self.lr}")
 
 
-def _check_number(name: str, value: object) -> None:
+def _checked(name: str, value: Any) -> Any:
+    """The value of a field, numbers as Python has them.
+
+    Raises:
+        TypeError: It is not of the field's type.
+        ValueError: It is out of the field's range.
+    """
+    if name == "update":
+        if value not in ("backward", "step"):
+            raise ValueError(f"update: expected 'backward' or 'step', got {value!r}")
+    elif name == "state_dtype":
+        row_format(name, value)
+    elif name in _FLAGS:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+    elif name == "table_lr":
+        if not isinstance(value, Mapping):
+            raise TypeError(f"table_lr: expected learning rates by names of tables, as a dict, got {value!r}")
+        return {table: _number(f"table_lr[{table!r}]", lr) for table, lr in value.items()}
+    elif name == "betas":
+        if not isinstance(value, Sequence) or len(value) != 2:
+            raise TypeError(f"betas: expected a pair of numbers, got {value!r}")
+        return tuple(_number(name, beta) for beta in value)
+    elif not (value is None and name in _BOUNDS):
+        return _number(name, value)
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise TypeError(f"{name}: expected a number, got a tensor of shape {tuple(value.shape)}")
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(_float32(value)) or value < 0:
@@ -387,6 +433,7 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected None or a number above 0, got {value}")
     if name == "seed" and (not isinstance(value, int) or value >= 2**64):
         raise ValueError(f"seed: expected an int below 2**64, got {value}")
+    return value
 
 
 def _float32(number: float) -> float:
