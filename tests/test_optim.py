@@ -365,6 +365,37 @@ def test_a_checkpoint_of_another_optimizer_or_table_is_refused_and_nothing_chang
     assert torch.equal(torch.from_numpy(module._tables.handle.optimizer_state(0)["sum"]), before["state"][0]["sum"])
 
 
+@pytest.mark.parametrize("key", ["step", "seed"])
+@pytest.mark.parametrize("value", [3.0, -1, True, None])
+def test_a_checkpoint_with_a_count_that_is_none_is_refused(key: str, value: Any) -> None:
+    module, optimizer = fused(Adagrad())
+    train(module, [batch(20, 16)])
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    checkpoint["param_groups"][0].update({key: value, "lr": 0.7})
+    checkpoint["state"][0]["sum"].zero_()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=rf"state_dict: expected '{key}' of a parameter group .* got {value}"):
+        optimizer.load_state_dict(checkpoint)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert torch.equal(after["state"][0]["sum"], before["state"][0]["sum"])
+
+
+def test_a_checkpoint_leaves_how_a_module_is_used() -> None:
+    module, optimizer = fused(SGD(lr=1.0))
+    train(module, [batch(20, 16)])
+    other, of_other = fused(SGD(lr=0.5, update="step", check_finite=True))
+    of_other.load_state_dict(optimizer.state_dict())
+    (group,) = of_other.param_groups
+    assert (group["update"], group["check_finite"]) == ("step", True)
+    assert (group["lr"], group["step"]) == (1.0, 1)
+    before = other.weight.detach().clone()
+    other(torch.tensor([[0]])).sum().backward()
+    assert torch.equal(other.weight, before)
+    of_other.step()
+    assert torch.equal(other.weight[0], before[0] - 1)
+
+
 def test_a_scheduler_sets_the_learning_rate_of_the_next_backward() -> None:
     module, optimizer = fused(SGD(lr=1.0))
     torch.nn.init.zeros_(module.weight)

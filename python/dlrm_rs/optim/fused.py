@@ -17,6 +17,9 @@ __all__ = ["FusedOptimizer"]
 # A number that bfloat16 has, too, and that stays one when it is divided by the scale of a loss.
 _TOKEN = 2.0**-100
 
+# What a checkpoint leaves as it is.
+_OF_THE_MODULE = ("update", "check_finite")
+
 
 class FusedOptimizer(torch.optim.Optimizer):
     """The optimizer inside a module, in the shape that torch's schedulers and checkpoints know.
@@ -222,8 +225,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a checkpoint into the engine's memory.
 
+        Hyperparameters become those of the checkpoint, but `update` and `check_finite` stay: they say how the module is
+        used, not what it has learned.
+
         Raises:
-            ValueError: It is of another optimizer or of other tables; nothing has changed then.
+            ValueError: It is of another optimizer or of other tables, or its `"step"` or `"seed"` is no count; nothing
+                has changed then.
         """
         groups, state = self.param_groups, self.state
         loaded: list[dict[str, Any]] = []
@@ -232,6 +239,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
             for group, present in zip(self.param_groups, groups, strict=True):
                 self._check_group(group, present)
+                group.update({key: present[key] for key in _OF_THE_MODULE})
             self._take_exactly(loaded[0])
             self.attach(self._weights(), self._views)
         except BaseException:
@@ -258,6 +266,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"state_dict: expected a parameter group of {present['algorithm']} over tables {present['tables']} "
                 f"with {needed}, got one of {loaded.get('algorithm')} over {loaded.get('tables')} with {list(loaded)}"
             )
+        for key in ("step", "seed"):
+            count = loaded[key]
+            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**64:
+                raise ValueError(
+                    f"state_dict: expected {key!r} of a parameter group to be an int from 0, got {count!r}"
+                )
 
     def follow(self, views: Sequence[Mapping[str, Tensor]]) -> None:
         """Make `views`, one of each weight, the state, with what they hold."""
