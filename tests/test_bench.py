@@ -25,7 +25,7 @@ from dlrm_rs.bench import cases as bench_cases
 from dlrm_rs.bench import quantize, run
 from dlrm_rs.bench.arguments import Arguments
 from dlrm_rs.bench.cases import Case, IdBatch, batches_in_rotation, capped, cases, id_batches
-from dlrm_rs.bench.check import WrongOutputError, check_side
+from dlrm_rs.bench.check import SAMPLES, WrongOutputError, check_side
 from dlrm_rs.bench.job import CEILING
 from dlrm_rs.bench.lookup import LookupJob
 from dlrm_rs.bench.measurement import Measurement
@@ -122,8 +122,9 @@ def test_every_peer_is_right_and_found_out_when_wrong(peer: Peer, row_format: st
 
 
 def one_element(output: Tensor) -> Tensor:
+    """By little, but more than the dtype rounds."""
     changed = output.clone()
-    changed[-1, -1] += 1e-3
+    changed[-1, -1] += max(1e-3, 8 * torch.finfo(output.dtype).eps)
     return changed
 
 
@@ -160,6 +161,22 @@ def test_ours_is_right_and_found_out_when_wrong(row_format: str) -> None:
     check_side(ours, ids, rows, row_format)
     with pytest.raises(WrongOutputError, match=r"dlrm_rs \(lookup\): expected .* elements are wrong"):
         check_side(Changed(ours, "lookup"), ids, rows, row_format)
+
+
+@pytest.mark.parametrize("place", [0, SAMPLES // 2, SAMPLES - 1])
+def test_a_long_bag_of_one_table_hides_no_error_in_another(place: int) -> None:
+    """Of a table with bags of one id, in the first, a middle, and the last sample of those that are looked at."""
+    shape = Shape((50, 300), 8, (1, 200), (1000,), 0.0)
+    ids, rows, sample = batch(shape), Rows(), int(np.linspace(0, 999, SAMPLES)[place])
+    ours = Ours("fp32", shape, rows)
+
+    def in_one_sample(output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[sample, 0] += 1e-4
+        return changed
+
+    with pytest.raises(WrongOutputError, match=r"dlrm_rs \(lookup\): expected .* 1 of 512 elements are wrong"):
+        check_side(Changed(ours, "lookup", in_one_sample), ids, rows, "fp32")
 
 
 def test_rows_that_were_changed_are_found() -> None:
@@ -202,6 +219,7 @@ def test_a_job_measures_all_sides(threads_stay: None) -> None:
         (NAME, "lookup"),
         ("nn.EmbeddingBag", "offsets"),
         ("nn.EmbeddingBag", "2-D"),
+        ("nn.EmbeddingBag", "stacked"),
         ("NumPy", "take"),
     }
     for m in measured:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dlrm_rs.bench.cases import IdBatch
 from dlrm_rs.bench.optimizers import Reference, upstream_gradient
-from dlrm_rs.bench.rows import Rows, rounding
+from dlrm_rs.bench.rows import Rows, pooled_dtype, rounding
 from dlrm_rs.bench.sides import Side
 
 # Samples of a batch that are checked, spread over all of it: a whole batch in float64 may not fit.
 SAMPLES = 32
 
 # Elements are below 1, so a sum of L of them in float32, in any order and through scale and bias, is as near as this
-# times L. A row that is missing or another moves a sum by a thousand times as much.
+# times L, and then rounded to the output's dtype. A row that is missing or another moves a sum by a thousand times as
+# much.
 TOLERANCE = 1e-5
 
 
@@ -45,10 +47,12 @@ def check_side(side: Side, batch: IdBatch, rows: Rows, row_format: str) -> None:
         check_rows(side.name, table, picked.reshape(-1), stored, rows, row_format)
         wanted.append(stored.reshape(*picked.shape, -1).sum(axis=1))
     expected = np.concatenate(wanted, axis=1)
-    tolerance = TOLERANCE * max(ids.shape[1] for ids, _ in batch.tables)
+    dtype = pooled_dtype(row_format)
+    tolerance = _tolerance([ids.shape[1] for ids, _ in batch.tables], wanted)
+    tolerance = tolerance + torch.finfo(dtype).eps / 2 * np.abs(expected)
     for use, call in side.calls(batch).items():
         output = side.pooled(call())
-        check_output(f"{side.name} ({use})", output, batch.batch_size, samples, expected, tolerance)
+        check_output(f"{side.name} ({use})", output, dtype, batch.batch_size, samples, expected, tolerance)
 
 
 def check_training(
@@ -83,10 +87,10 @@ def _check_use(side: Side, use: str, batches: Sequence[IdBatch], rows: Rows, row
     gradient_of = gradients.split([before.shape[1] for before in stored], dim=1)
     for batch in (batches[0], batches[0], batches[1]):
         ids = [of_table.numpy() for of_table, _ in batch.tables]  # (B, ids per bag) each
-        expected = np.concatenate([stored[t][ids[t]].sum(axis=1) for t in tables], axis=1)
-        largest = max(np.abs(before).max() for before in stored) * max(of_table.shape[1] for of_table in ids)
+        wanted = [stored[t][ids[t]].sum(axis=1) for t in tables]
+        tolerance = _tolerance([np.abs(stored[t]).max() * ids[t].shape[1] for t in tables], wanted)
         output = side.pooled(side.calls(batch)[use]())
-        check_output(name, output, B, np.arange(B), expected, TOLERANCE * largest)
+        check_output(name, output, torch.float32, B, np.arange(B), np.concatenate(wanted, axis=1), tolerance)
         for t in tables:
             touched, moves = _moves(references[t], batch.tables[t][0], gradient_of[t])
             stored[t][touched] += moves
@@ -95,6 +99,17 @@ def _check_use(side: Side, use: str, batches: Sequence[IdBatch], rows: Rows, row
             tolerance = (TOLERANCE + 2 * rounding(row_format)) * np.abs(stored[t]).max(axis=1, keepdims=True)
             _compare(f"{name}: rows of table {t} after a step", after, stored[t], tolerance)
             stored[t] = after
+
+
+def _tolerance(largest: Sequence[float], wanted: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """By how much elements of an output may be off, `(W,)`; of each table its own, so that no long bag hides another.
+
+    Args:
+        largest: For each table, what its sums may be.
+        wanted: For each table its outputs, `(..., D)`.
+    """
+    tolerance: NDArray[np.float64] = TOLERANCE * np.repeat(largest, [of_table.shape[1] for of_table in wanted])
+    return tolerance
 
 
 def _moves(reference: Reference, ids: Tensor, gradient: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -127,30 +142,30 @@ def check_rows(
 def check_output(
     name: str,
     output: Tensor,
+    dtype: torch.dtype,
     batch_size: int,
     samples: NDArray[np.int64],
     expected: NDArray[np.float64],
-    tolerance: float,
+    tolerance: NDArray[np.float64],
 ) -> None:
     """Check some samples of an output.
 
     Args:
         name: Whose output it is, for messages.
-        output: `(B, W)` float32.
+        output: `(B, W)`.
+        dtype: Which it must have.
         batch_size: `B`.
         samples: Which are checked.
         expected: `(len(samples), W)`.
-        tolerance: By how much an element may be off.
+        tolerance: By how much an element may be off: for every column, `(W,)`, or every element of `expected`.
 
     Raises:
         WrongOutputError: An element is further off, or the output has another shape or dtype.
     """
     shape = (batch_size, expected.shape[1])
-    if tuple(output.shape) != shape or str(output.dtype) != "torch.float32":
-        raise WrongOutputError(
-            f"{name}: expected {shape} of torch.float32, got {tuple(output.shape)} of {output.dtype}"
-        )
-    _compare(name, output.numpy()[samples].astype(np.float64), expected, tolerance)
+    if tuple(output.shape) != shape or output.dtype != dtype:
+        raise WrongOutputError(f"{name}: expected {shape} of {dtype}, got {tuple(output.shape)} of {output.dtype}")
+    _compare(name, output[torch.from_numpy(samples)].double().numpy(), expected, tolerance)
 
 
 def _compare(

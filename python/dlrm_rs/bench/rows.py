@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dlrm_rs.row_formats import TORCH_DTYPES
+
 # Elements repeat after so many: a prime, so that rows begin at ever other places of the block.
 PERIOD = 4_194_319
 # How far the block is shifted from table to table.
@@ -34,7 +36,7 @@ class Rows:
         self._block = torch.from_numpy(2 * block - 1)
 
     def fill(self, table: int, weight: Tensor) -> None:
-        """Write all rows of a table into `weight`, `(N, D)` float32, contiguous."""
+        """Write all rows of a table into `weight`, `(N, D)`, contiguous, rounded to its dtype."""
         flat = weight.view(-1)
         at, start = 0, table * SHIFT % PERIOD
         while at < flat.numel():
@@ -58,6 +60,16 @@ def row_bytes(row_format: str, dim: int) -> int:
         32
     """
     return -(-dim * _BITS[row_format] // 8)
+
+
+def pooled_dtype(row_format: str) -> torch.dtype:
+    """The dtype of all sides' outputs in lookups: the rows' own, as `nn.EmbeddingBag` has no other; of codes float32.
+
+    Example:
+        >>> pooled_dtype("bf16"), pooled_dtype("int8")
+        (torch.bfloat16, torch.float32)
+    """
+    return TORCH_DTYPES.get(row_format, torch.float32)
 
 
 def rounding(row_format: str) -> float:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dlrm_rs.bench.cases import IdBatch
-from dlrm_rs.bench.rows import Rows, decode
+from dlrm_rs.bench.rows import Rows, decode, pooled_dtype
 from dlrm_rs.bench.sides.fbgemm_cpu import tell_instructions
 from dlrm_rs.bench.sides.torch_quantized import operator
 from dlrm_rs.data.synthetic import Shape
@@ -44,7 +44,7 @@ class FbgemmNbit:
                 for table, N in enumerate(shape.num_embeddings)
             ],
             device="cpu",
-            output_dtype=SparseType.FP32,
+            output_dtype=SparseType.from_dtype(pooled_dtype(row_format)),
             bounds_check_mode=BoundsCheckMode.NONE,
             indices_dtype=torch.int64,
         )

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dlrm_rs.bench.cases import IdBatch
 from dlrm_rs.bench.optimizers import EPS, LR, upstream_gradient
-from dlrm_rs.bench.rows import Rows
+from dlrm_rs.bench.rows import Rows, pooled_dtype
 from dlrm_rs.bench.sides.fbgemm_cpu import tell_instructions
 from dlrm_rs.data.synthetic import Shape
+from dlrm_rs.row_formats import TORCH_DTYPES
 
 _OPTIMIZERS = {
     "SGD": EmbOptimType.EXACT_SGD,
@@ -33,17 +34,20 @@ class FbgemmForward:
         row_format: "fp32" or "fp16".
         shape: The tables' sizes.
         rows: What they hold.
+        output_dtype: Of the output; None for that of lookups.
         settings: Further ones.
     """
 
     name = "FBGEMM TBE"
 
-    def __init__(self, row_format: str, shape: Shape, rows: Rows, **settings: Any) -> None:
+    def __init__(
+        self, row_format: str, shape: Shape, rows: Rows, output_dtype: torch.dtype | None = None, **settings: Any
+    ) -> None:
         tell_instructions()
         self._tables = SplitTableBatchedEmbeddingBagsCodegen(
             [(N, shape.embedding_dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for N in shape.num_embeddings],
-            weights_precision=SparseType.from_dtype({"fp32": torch.float32, "fp16": torch.float16}[row_format]),
-            output_dtype=SparseType.FP32,
+            weights_precision=SparseType.from_dtype(TORCH_DTYPES[row_format]),
+            output_dtype=SparseType.from_dtype(output_dtype or pooled_dtype(row_format)),
             pooling_mode=PoolingMode.SUM,
             bounds_check_mode=BoundsCheckMode.NONE,
             device=torch.device("cpu"),
@@ -51,10 +55,7 @@ class FbgemmForward:
         )
         self._weights: list[Tensor] = self._tables.split_embedding_weights()
         for table, weight in enumerate(self._weights):
-            filled = weight if row_format == "fp32" else torch.empty(weight.shape)
-            rows.fill(table, filled)
-            if filled is not weight:
-                weight.copy_(filled)
+            rows.fill(table, weight)
 
     def calls(self, batch: IdBatch) -> dict[str, Callable[[], object]]:
         """The one use: one call."""
@@ -80,7 +81,8 @@ class FbgemmTraining(FbgemmForward):
     """
 
     def __init__(self, row_format: str, optimizer: str, shape: Shape, rows: Rows) -> None:
-        super().__init__(row_format, shape, rows, optimizer=_OPTIMIZERS[optimizer], learning_rate=LR, eps=EPS)
+        trained = {"optimizer": _OPTIMIZERS[optimizer], "learning_rate": LR, "eps": EPS}
+        super().__init__(row_format, shape, rows, torch.float32, **trained)
         self._width = len(shape.num_embeddings) * shape.embedding_dim
 
     def calls(self, batch: IdBatch) -> dict[str, Callable[[], object]]:

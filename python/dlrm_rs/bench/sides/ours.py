@@ -13,14 +13,18 @@ from torch import Tensor, nn
 import dlrm_rs
 from dlrm_rs.bench.cases import IdBatch
 from dlrm_rs.bench.optimizers import BETAS, EPS, LR, upstream_gradient
-from dlrm_rs.bench.rows import Rows
+from dlrm_rs.bench.rows import Rows, pooled_dtype
 from dlrm_rs.data.synthetic import Shape
 
 NAME = "dlrm_rs"
 
 
 def _collection(
-    shape: Shape, rows: Rows, data_type: str = "fp32", optimizer: dlrm_rs.optim.OptimizerSpec | None = None
+    shape: Shape,
+    rows: Rows,
+    data_type: str = "fp32",
+    optimizer: dlrm_rs.optim.OptimizerSpec | None = None,
+    output_dtype: torch.dtype = torch.float32,
 ) -> dlrm_rs.EmbeddingBagCollection:
     """Tables of a shape, filled."""
 
@@ -32,7 +36,7 @@ def _collection(
         dlrm_rs.EmbeddingBagConfig(f"t{t}", N, shape.embedding_dim, [f"f{t}"], data_type=data_type, init_fn=fill(t))
         for t, N in sizes
     ]
-    return dlrm_rs.EmbeddingBagCollection(tables, optimizer=optimizer)
+    return dlrm_rs.EmbeddingBagCollection(tables, optimizer=optimizer, output_dtype=output_dtype)
 
 
 def quantize(module: nn.Module, row_format: str) -> None:
@@ -60,7 +64,7 @@ class Ours:
         self._dim = shape.embedding_dim
 
     def _make(self, row_format: str, shape: Shape, rows: Rows) -> dlrm_rs.EmbeddingBagCollection:
-        collection = _collection(shape, rows)
+        collection = _collection(shape, rows, output_dtype=pooled_dtype(row_format))
         if row_format != "fp32":
             quantize(collection, row_format)
         return collection

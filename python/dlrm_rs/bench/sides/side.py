@@ -95,8 +95,10 @@ class Peer:
 
 # What lookups are held against.
 PEERS = (
-    Peer("nn.EmbeddingBag", ("fp32",), (PLAIN, HUGE_PAGES), "torch", "torch_bags", "TorchBags"),
-    Peer("torch quantized", ("int8", "int4"), (PLAIN, HUGE_PAGES), "torch", "torch_quantized", "TorchQuantized"),
+    Peer("nn.EmbeddingBag", ("fp32", "fp16", "bf16"), (PLAIN, HUGE_PAGES), "torch", "torch_bags", "TorchBags"),
+    Peer(
+        "torch quantized", ("int8", "int4", "int2"), (PLAIN, HUGE_PAGES), "torch", "torch_quantized", "TorchQuantized"
+    ),
     Peer(
         "FBGEMM TBE", ("fp32", "fp16"), (PLAIN, HUGE_PAGES, AUTOVEC), "fbgemm_gpu", "fbgemm_training", "FbgemmForward"
     ),

@@ -1,8 +1,8 @@
-"""torch's own modules, one per table, in a loop: looked up, or trained by torch's optimizers."""
+"""torch's own modules, one per table in a loop, or one for all: looked up, or trained by torch's optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import cast
 
@@ -15,14 +15,16 @@ from torch.nn.functional import embedding, embedding_bag
 from dlrm_rs.bench.cases import IdBatch
 from dlrm_rs.bench.optimizers import BETAS, EPS, LR, upstream_gradient
 from dlrm_rs.bench.rows import Rows
+from dlrm_rs.bench.sides.stacked import first_rows
 from dlrm_rs.data.synthetic import Shape
+from dlrm_rs.row_formats import TORCH_DTYPES
 
 
 class TorchBags:
     """What `nn.EmbeddingBag` calls, without the module around it.
 
     Args:
-        row_format: "fp32".
+        row_format: "fp32", "fp16" or "bf16", which are dtypes of the output as well.
         shape: The tables' sizes.
         rows: What they hold.
     """
@@ -33,14 +35,21 @@ class TorchBags:
     _sparse = False
 
     def __init__(self, row_format: str, shape: Shape, rows: Rows) -> None:
-        assert row_format == "fp32", row_format
-        self._weights = [torch.empty(N, shape.embedding_dim) for N in shape.num_embeddings]
+        self._shape = shape
+        self._stacked = torch.empty(sum(shape.num_embeddings), shape.embedding_dim, dtype=TORCH_DTYPES[row_format])
+        self._weights: Sequence[Tensor] = self._stacked.split(shape.num_embeddings)
         for table, weight in enumerate(self._weights):
             rows.fill(table, weight)
 
     def calls(self, batch: IdBatch) -> dict[str, Callable[[], object]]:
-        """A lookup in every way."""
-        return dict(self._lookups(batch))
+        """A lookup in every way: table by table, and of all tables stacked, whose ids are then raised in every call."""
+        first, ids, offsets, weight = first_rows(self._shape, batch), batch.indices, batch.offsets, self._stacked
+
+        def stacked() -> Tensor:
+            pooled = embedding_bag(ids + first, weight, offsets, mode="sum", include_last_offset=True)
+            return pooled.view(-1, batch.batch_size, weight.shape[1])
+
+        return {**self._lookups(batch), "stacked": stacked}
 
     def _lookups(self, batch: IdBatch) -> dict[str, Callable[[], list[Tensor]]]:
         """With offsets; with ids in two dimensions, as bags are of one length; as `nn.Embedding` where it is 1."""
@@ -62,7 +71,7 @@ class TorchBags:
 
     def pooled(self, output: object) -> Tensor:
         """The tables' outputs side by side."""
-        return torch.cat(cast("list[Tensor]", output), dim=1).detach()
+        return torch.cat(tuple(cast("Iterable[Tensor]", output)), dim=1).detach()
 
     def stored_rows(self, table: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Rows by indexing."""

@@ -1,8 +1,8 @@
-"""torch's operators for quantized tables, one call per table."""
+"""torch's operators for quantized tables, one call per table, or one for all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dlrm_rs.bench.cases import IdBatch
 from dlrm_rs.bench.rows import Rows
+from dlrm_rs.bench.sides.stacked import first_rows
 from dlrm_rs.data.synthetic import Shape
 
 
@@ -27,23 +28,23 @@ def operator(row_format: str, action: str) -> Any:
     return getattr(torch.ops.quantized, f"embedding_bag_{bits}_{action}").default
 
 
-def packed_tables(shape: Shape, row_format: str, rows: Rows) -> list[Tensor]:
-    """Tables with a row's codes, scale and bias together, `(N, bytes)`; only one is in fp32 at a time."""
-    prepack = operator(row_format, "prepack")
-
-    def packed(table: int, N: int) -> Tensor:
-        weight = torch.empty(N, shape.embedding_dim)
+def packed_tables(shape: Shape, row_format: str, rows: Rows) -> Tensor:
+    """All tables stacked, a row's codes, scale and bias together, `(N, bytes)`; only one is in fp32 at a time."""
+    prepack, width = operator(row_format, "prepack"), shape.embedding_dim
+    bytes_of_row = prepack(torch.zeros(1, width)).shape[1]
+    stacked = torch.empty(sum(shape.num_embeddings), bytes_of_row, dtype=torch.uint8)
+    for table, packed in enumerate(stacked.split(shape.num_embeddings)):
+        weight = torch.empty(len(packed), width)
         rows.fill(table, weight)
-        return cast("Tensor", prepack(weight))
-
-    return [packed(table, N) for table, N in enumerate(shape.num_embeddings)]
+        packed.copy_(prepack(weight))
+    return stacked
 
 
 class TorchQuantized:
     """What torch's quantized `EmbeddingBag` calls, without the module around it.
 
     Args:
-        row_format: "int8" or "int4".
+        row_format: "int8", "int4" or "int2".
         shape: The tables' sizes.
         rows: What they hold.
     """
@@ -51,21 +52,32 @@ class TorchQuantized:
     name = "torch quantized"
 
     def __init__(self, row_format: str, shape: Shape, rows: Rows) -> None:
-        self._tables = packed_tables(shape, row_format, rows)
+        self._shape = shape
+        self._stacked = packed_tables(shape, row_format, rows)
+        self._tables: Sequence[Tensor] = self._stacked.split(shape.num_embeddings)
         self._lookup = operator(row_format, "rowwise_offsets")
         self._unpack = operator(row_format, "unpack")
 
     def calls(self, batch: IdBatch) -> dict[str, Callable[[], object]]:
-        """With offsets."""
-        lookup = self._lookup
+        """With offsets: table by table, and of all tables stacked, whose ids are then raised in every call."""
+        lookup, packed, dim = self._lookup, self._stacked, self._shape.embedding_dim
+        first, ids, offsets = first_rows(self._shape, batch), batch.indices, batch.offsets
         tables = [
-            (packed, ids.view(-1), offsets) for packed, (ids, offsets) in zip(self._tables, batch.tables, strict=True)
+            (table, ids.view(-1), offsets) for table, (ids, offsets) in zip(self._tables, batch.tables, strict=True)
         ]
-        return {"offsets": lambda: [lookup(*table, include_last_offset=True) for table in tables]}
+
+        def stacked() -> Tensor:
+            pooled: Tensor = lookup(packed, ids + first, offsets, include_last_offset=True)
+            return pooled.view(-1, batch.batch_size, dim)
+
+        return {
+            "offsets": lambda: [lookup(*table, include_last_offset=True) for table in tables],
+            "stacked": stacked,
+        }
 
     def pooled(self, output: object) -> Tensor:
         """The tables' outputs side by side."""
-        return torch.cat(cast("list[Tensor]", output), dim=1)
+        return torch.cat(tuple(cast("Iterable[Tensor]", output)), dim=1)
 
     def stored_rows(self, table: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Rows as torch unpacks them."""
