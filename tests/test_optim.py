@@ -271,6 +271,50 @@ def test_specs_take_what_torchs_optimizers_take() -> None:
     assert module.weight[0, 0].item() == before - 0.5
 
 
+@pytest.mark.parametrize(
+    ("spec", "values", "error", "words"),
+    [
+        (SGD(0.1), {"seed": -1}, ValueError, r"seed: expected an int from 0 to below 2\*\*64 in the .* group, got -1$"),
+        (SGD(0.1), {"seed": 2**64}, ValueError, r"seed: expected an int .*, got 18446744073709551616$"),
+        (SGD(0.1), {"seed": None}, TypeError, r"seed: expected an int .*, got None$"),
+        (SGD(0.1), {"step": -1}, ValueError, r"step: expected an int .*, got -1$"),
+        (SGD(0.1), {"step": -7}, ValueError, r"step: expected an int .*, got -7$"),
+        (SGD(0.1), {"step": 3.0}, TypeError, r"step: expected an int .*, got 3.0$"),
+        (SGD(0.1), {"lr": None}, TypeError, r"lr: expected a number in the parameter group, got None$"),
+        (SGD(0.1), {"weight_decay": None}, TypeError, r"weight_decay: expected a number .*, got None$"),
+        (SGD(0.1), {"update": "foo"}, ValueError, r"update: expected 'backward' or 'step' in the .*, got 'foo'$"),
+        (SGD(0.1), {"update": None}, ValueError, r"update: expected 'backward' or 'step' in the .*, got None$"),
+        (SGD(0.1), {"momentum": 0.9}, ValueError, r"momentum: expected 0 in the .* got 0.9; make it with one above 0"),
+        (Adam(0.1), {"betas": None}, TypeError, r"beta1: expected a number in the parameter group"),
+        (Adam(0.1), {"betas": (0.9, 1.0)}, ValueError, r"beta2: expected a number from 0 to below 1"),
+    ],
+)
+def test_bad_values_in_a_parameter_group(
+    spec: OptimizerSpec, values: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    module, optimizer = fused(spec)
+    optimizer.param_groups[0].update(values)
+    given, before = dict(optimizer.param_groups[0]), copy.deepcopy(module.state_dict())
+    with pytest.raises(error, match=words):
+        module(torch.tensor([[0]])).sum().backward()
+    assert optimizer.param_groups[0] == given
+    assert torch.equal(module.weight, before["weight"])
+
+
+def test_a_scheduler_of_momentum_needs_an_optimizer_with_it() -> None:
+    schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=5)
+    for spec, cycle_momentum in ((SGD(0.1, momentum=0.9), True), (SGD(0.1), False)):
+        module, optimizer = fused(spec)
+        schedule(optimizer, cycle_momentum=cycle_momentum)
+        before = module.weight[0].detach().clone()
+        module(torch.tensor([[0]])).sum().backward()
+        assert not torch.equal(module.weight[0], before)
+    module, optimizer = fused(SGD(0.1))
+    schedule(optimizer)
+    with pytest.raises(ValueError, match=r"momentum: expected 0 .* cycle_momentum=False"):
+        module(torch.tensor([[0]])).sum().backward()
+
+
 def test_split_bf16_is_for_a_set_of_tables_with_some_in_bf16() -> None:
     spec = SGD(lr=0.1, split_bf16=True)
     tables = [dlrm_rs.EmbeddingBagConfig(name, 3, 2, [name], data_type=name) for name in ("fp32", "bf16", "int8")]

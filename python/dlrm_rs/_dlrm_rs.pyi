@@ -336,8 +336,8 @@ class TableSet:
             factor: by what the gradient of a row is multiplied; 1 for nothing. After that, all are scaled down to the norm
                 that is the groups' `"clip_norm"`; `FloatingPointError` if they have none that is finite.
             groups: for each table its `torch.optim` parameter group, in which the optimizer's hyperparameters are read
-                by torch's names; `None` is no bound. `"step"` counts updates from 1; with `"seed"` and the place of an
-                element it decides how fp16 and bf16 rows are rounded.
+                by torch's names; `None` is no bound. `"step"` counts updates from 1, this one included; with `"seed"` and
+                the place of an element it decides how fp16 and bf16 rows are rounded.
         """
 
     def dense_gradient(

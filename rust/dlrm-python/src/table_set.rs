@@ -8,7 +8,7 @@ use dlrm_core::{Feature, Gradient, Layout, TableSpec};
 use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyMapping};
+use pyo3::types::{PyDict, PyInt, PyMapping};
 
 use crate::arrays::{BagArrays, Input, Number, OutputArray, input, output, vector_len};
 use crate::call::call;
@@ -479,14 +479,53 @@ pub(crate) fn fused_optimizers(
             _ => {
                 let values = kind.hyperparameters().iter().map(|name| hyperparameter(group, name));
                 let values = values.collect::<PyResult<Vec<f64>>>()?;
-                let [number, seed] = ["step", "seed"].map(|name| group.get_item(name)?.extract::<u64>());
-                let step = Step { number: number?, seed: seed? };
+                // The count has this step already.
+                let step = Step { number: integer(group, "step", 1)?, seed: integer(group, "seed", 0)? };
+                check_unread(kind, group)?;
                 Optimizer::new(kind, &values, step).map_err(BindingError)?
             }
         };
         made.push(optimizer);
     }
     Ok(made)
+}
+
+/// Refuses what no number says: values by which the update would not be what the group tells.
+fn check_unread(kind: Kind, group: &Bound<'_, PyMapping>) -> PyResult<()> {
+    let update = group.get_item("update")?;
+    if !["backward", "step"].into_iter().any(|known| update.eq(known).unwrap_or(false)) {
+        return Err(PyValueError::new_err(format!(
+            "update: expected 'backward' or 'step' in the parameter group, got {}",
+            update.repr()?
+        )));
+    }
+    // Schedulers set it where a group has it, as torch's SGD does.
+    if kind == Kind::Sgd && group.get_item("momentum")?.ne(0)? {
+        return Err(PyValueError::new_err(format!(
+            "momentum: expected 0 in the parameter group of an optimizer that was made without momentum and has no state \
+             for it, got {}; make it with one above 0, or give the scheduler cycle_momentum=False",
+            group.get_item("momentum")?.repr()?
+        )));
+    }
+    Ok(())
+}
+
+/// An integer of a parameter group, `added` more than what the user sees there between steps.
+fn integer(group: &Bound<'_, PyMapping>, name: &str, added: u64) -> PyResult<u64> {
+    let value = group.get_item(name)?;
+    if let Ok(number) = value.extract::<u64>()
+        && number >= added
+    {
+        return Ok(number);
+    }
+    let got = value.sub(added).unwrap_or(value);
+    let message =
+        format!("{name}: expected an int from 0 to below 2**64 in the parameter group, got {}", got.repr()?);
+    Err(if got.is_instance_of::<PyInt>() {
+        PyValueError::new_err(message)
+    } else {
+        PyTypeError::new_err(message)
+    })
 }
 
 /// A number of a parameter group; the betas are one pair there, and a bound that is `None` is infinity.
@@ -496,7 +535,9 @@ fn hyperparameter(group: &Bound<'_, PyMapping>, name: &str) -> PyResult<f64> {
         "beta2" => group.get_item("betas").and_then(|betas| betas.get_item(1)),
         _ => group.get_item(name),
     };
-    if value.as_ref().is_ok_and(PyAnyMethods::is_none) {
+    if ["clip_norm", "clip_value", "max_norm"].contains(&name)
+        && value.as_ref().is_ok_and(PyAnyMethods::is_none)
+    {
         return Ok(f64::INFINITY);
     }
     let number = value.as_ref().ok().and_then(|value| value.extract().ok());
