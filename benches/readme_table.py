@@ -8,8 +8,9 @@ puts them between README's two markers, in the place of those that were there. N
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dlrm_rs.bench.record import Comparison, Record, comparisons, load_record
 
@@ -67,10 +68,18 @@ def caption(record: Record, source: str) -> str:
     return (
         f"The best peer's time over that of dlrm_rs (above 1: dlrm_rs is faster), medians, {threads} threads{rows}; "
         f"both at their best use and environment, in turn in one process. `dlrm-rs bench`, "
-        f"{machine['time'][:10]}, {machine['processor']} ({machine['simd']}), {machine['cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB; torch {machine['torch']}, "
-        f"FBGEMM {fbgemm or 'not installed'}, commit {(machine['commit'] or 'unknown')[:12]}; `{source}` has the rest."
+        f"{machine['time'][:10]}, {machine['processor']} ({machine['simd']}), "
+        f"{machine['cores']} cores ({_other_work(machine)}), {machine['memory_bytes'] / 2**30:.0f} GiB; "
+        f"torch {machine['torch']}, FBGEMM {fbgemm or 'not installed'}, "
+        f"commit {(machine['commit'] or 'unknown')[:12]}; `{source}` has the rest."
     )
+
+
+def _other_work(machine: Mapping[str, Any]) -> str:
+    """What else the machine did just before the run; records of before 2026-12 have the load average alone."""
+    if "busy" in machine:
+        return f"{machine['busy']:.0%} busy with other work"
+    return f"load average {machine['load']:.1f}"
 
 
 def rewrite(readme: str, section: str) -> str:

@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import dlrm_rs
+from dlrm_rs import machine
 from dlrm_rs.__main__ import main
 from dlrm_rs.bench import cases as bench_cases
 from dlrm_rs.bench import quantize, run
@@ -40,6 +42,7 @@ from dlrm_rs.bench.sides.ours import NAME, Ours
 from dlrm_rs.bench.timing import Times, time_in_turn
 from dlrm_rs.cli import app
 from dlrm_rs.data.synthetic import SHAPES, Shape
+from dlrm_rs.machine import busy_share
 from dlrm_rs.row_formats import ROW_FORMATS
 
 SMALL = Shape((50, 7, 300), 8, (1, 3, 2), (9,), 1.05)
@@ -315,9 +318,10 @@ def record() -> Record:
         measurement(NAME, 0.7e-4, "autovec"),
         measurement("third", 4e-4, "autovec"),
     ]
-    machine = {
+    on = {
         "processor": "a processor",
-        "load": 0.0,
+        "load": 3.0,  # of what went before
+        "busy": 0.01,
         "memory_bytes": 3 << 30,
         "cores": 2,
         "torch": "2",
@@ -328,7 +332,7 @@ def record() -> Record:
         "time": "2000-01-02T03:04:05+00:00",
         "commit": None,
     }
-    return Record(machine, Arguments(shapes=("SINGLE",), formats=("fp32",), rows=9), measured, ["x: no memory"])
+    return Record(on, Arguments(shapes=("SINGLE",), formats=("fp32",), rows=9), measured, ["x: no memory"])
 
 
 def test_sides_are_compared_at_their_best(record: Record) -> None:
@@ -352,14 +356,55 @@ def test_the_table_has_the_lost_rows(record: Record) -> None:
     assert ["dlrm_rs", "100", "90-120", "4.2", "1.06", "40%", "0.50"] in [line.split() for line in printed.splitlines()]
     assert "Skipped: x: no memory" in printed
     assert "234 rows of 64" in printed
-    assert "Load average" not in printed
+    assert "Other work" not in printed
+    assert "By threads" not in printed
 
 
 def test_a_busy_machine_is_told(record: Record) -> None:
-    record.machine["load"] = 3.0
+    record.machine["busy"] = 0.3
     printed = io.StringIO()
     print_report(record, Console(width=80, file=printed))
-    assert "Load average 3.0" in printed.getvalue()
+    assert "Other work took 30% of the CPUs" in printed.getvalue()
+
+
+def test_cases_with_several_numbers_of_threads_are_put_side_by_side(record: Record) -> None:
+    faster = {CEILING: 4.0, NAME: 2.0, "fast": 1.25, "slow": 1.0, "third": 8.0}
+    record.measurements += [
+        replace(m, threads=8, times=replace(m.times, median=m.times.median / faster[m.side]))
+        for m in record.measurements
+    ]
+    printed = io.StringIO()
+    print_report(record, Console(width=80, file=printed))
+    _, _, table = printed.getvalue().partition("By threads")
+    lines = [line.split() for line in table.splitlines()]
+    assert ["B", "16,", "uniform", "2", "100", "1.00", "1.00", "fast", "50", "1.00"] in lines
+    assert ["8", "50", "2.00", "4.00", "fast", "40", "1.25"] in lines
+
+
+def test_other_work_is_what_other_processes_do() -> None:
+    endless = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        assert busy_share(0.5) > 0.8
+    finally:
+        for process in endless:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nstepping\t: 2\n\nprocessor\t: 1",
+            "AMD EPYC (family 25, model 1, stepping 2)",
+        ),
+        ("processor\t: 0\nBogoMIPS\t: 50.00", platform.machine()),
+        (None, platform.machine()),
+    ],
+)
+def test_a_processor_has_its_numbers(cpuinfo: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_content", lambda path: cpuinfo if path == "/proc/cpuinfo" else None)
+    assert machine.describe_machine()["processor"] == name
 
 
 def test_a_record_is_read_as_it_was_written(record: Record, tmp_path: Path) -> None:
@@ -391,7 +436,8 @@ def test_the_readme_gets_its_table_from_a_record(record: Record, tmp_path: Path)
     assert "| SINGLE | 16 | uniform | 0.50 (fast) |" in lines
     assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", begin, end, "after")
     assert "old" not in lines
-    assert "2000-01-02, a processor (scalar), 2 cores, 3 GiB; torch 2, FBGEMM not installed, commit unknown" in written
+    assert "2000-01-02, a processor (scalar), 2 cores (1% busy with other work), 3 GiB; torch 2, " in written
+    assert "FBGEMM not installed, commit unknown" in written
     assert readme(record, written, tmp_path)[1] == written
     ours = (Path(__file__).parents[1] / "README.md").read_text()
     assert readme(record, ours, tmp_path)[0].returncode == 0

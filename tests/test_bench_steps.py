@@ -167,7 +167,7 @@ def test_steps_are_told(tmp_path: Path) -> None:
     machine = dict.fromkeys(["commit", "fbgemm-gpu", "fbgemm-gpu-cpu"]) | dict.fromkeys(
         ["processor", "cores", "torch", "dlrm_rs", "simd", "time"], "?"
     )
-    record = Record(machine | {"load": 0.0, "memory_bytes": 0}, Arguments(families=("step",), threads=("2",)), measured)
+    record = Record(machine | {"busy": 0.0, "memory_bytes": 0}, Arguments(families=("step",), threads=("2",)), measured)
     assert [c.ours.row_format for c in comparisons(measured)] == ["fp32", "bf16"]
     printed = io.StringIO()
     print_report(record, Console(width=80, file=printed))

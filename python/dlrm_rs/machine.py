@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import dlrm_rs
@@ -32,8 +33,8 @@ def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
-        "level_3_cache": _first_line("/sys/devices/system/cpu/cpu0/cache/index3/size"),
+        "huge_pages": _content("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "level_3_cache": _content("/sys/devices/system/cpu/cpu0/cache/index3/size"),
         "system": platform.platform(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "numpy", *packages)},
@@ -41,6 +42,35 @@ def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
         "simd": dlrm_rs.info()["simd"],
         "commit": _commit(),
     }
+
+
+def busy_share(seconds: float = 1.0) -> float:
+    """The share of their time that the CPUs that this process may use are busy, while it sleeps: with other work.
+
+    The load average would count what this process or the one before has just done.
+
+    Args:
+        seconds: For how long it looks.
+
+    Raises:
+        OSError: The system is not Linux.
+
+    Example:
+        >>> 0 <= busy_share(0.05) <= 1
+        True
+    """
+    before = _cpu_times()
+    sleep(seconds)
+    passed = [now - then for now, then in zip(_cpu_times(), before, strict=True)]
+    idle = passed[3] + passed[4]  # waiting for a disk is idle too
+    return max(0.0, 1 - idle / max(1, sum(passed)))
+
+
+def _cpu_times() -> list[int]:
+    """Of the CPUs that this process may use, from /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal."""
+    names = {f"cpu{cpu}" for cpu in os.sched_getaffinity(0)}
+    lines = (line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines())
+    return [sum(times) for times in zip(*(map(int, line[1:9]) for line in lines if line[0] in names), strict=True)]
 
 
 def cache_bytes() -> int:
@@ -53,7 +83,7 @@ def cache_bytes() -> int:
     sizes: dict[str, int] = {}  # by the CPUs that share a cache
     for cpu in os.sched_getaffinity(0):
         folder = f"/sys/devices/system/cpu/cpu{cpu}/cache/index3"
-        size, shared = _first_line(f"{folder}/size"), _first_line(f"{folder}/shared_cpu_list")
+        size, shared = _content(f"{folder}/size"), _content(f"{folder}/shared_cpu_list")
         if size and shared:
             sizes[shared] = int(size.removesuffix("K")) << 10
     return sum(sizes.values())
@@ -66,7 +96,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _first_line(path: str) -> str | None:
+def _content(path: str) -> str | None:
     """What Linux says in a file; None where there is no such file."""
     try:
         return Path(path).read_text(encoding="utf-8").strip()
@@ -75,13 +105,15 @@ def _first_line(path: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name, which `platform.processor()` does not give on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    """The processor's name, and its numbers, as a virtual machine may call several kinds "AMD EPYC".
+
+    `platform.processor()` does not give it on Linux.
+    """
+    first, _, _ = (_content("/proc/cpuinfo") or "").partition("\n\n")
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    numbers = [f"{name.split()[-1]} {fields[name]}" for name in ("cpu family", "model", "stepping") if name in fields]
+    name = fields.get("model name", platform.machine())
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def _commit() -> str | None:

@@ -51,9 +51,14 @@ class Measurement:
         return (self.family, self.shape, self.optimizer, self.row_format)
 
     @property
-    def case(self) -> tuple[tuple[str, str, str, str], int, str, int]:
+    def case_but_threads(self) -> tuple[tuple[str, str, str, str], int, str]:
+        """What it shares with the measurements of other numbers of threads."""
+        return (self.work, self.batch_size, self.ids)
+
+    @property
+    def case(self) -> tuple[tuple[tuple[str, str, str, str], int, str], int]:
         """What it shares with the measurements that it may be compared with."""
-        return (self.work, self.batch_size, self.ids, self.threads)
+        return (self.case_but_threads, self.threads)
 
     @property
     def rows_per_second(self) -> float:

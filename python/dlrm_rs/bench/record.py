@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -74,6 +74,17 @@ def comparisons(measurements: Sequence[Measurement]) -> Iterator[Comparison]:
     ordered = sorted(measurements, key=lambda m: order[m.case])
     for _, of_case in groupby(ordered, key=lambda m: m.case):
         yield _comparison(list(of_case))
+
+
+def scaling(of_run: Iterable[Comparison]) -> Iterator[tuple[Comparison, Comparison]]:
+    """Cases that were measured with several numbers of threads, each with that of the fewest; ascending."""
+    of_cases: dict[Hashable, list[Comparison]] = defaultdict(list)
+    for comparison in of_run:
+        of_cases[comparison.ours.case_but_threads].append(comparison)
+    for of_case in of_cases.values():
+        ascending = sorted(of_case, key=lambda c: c.ours.threads)
+        if len(ascending) > 1:
+            yield from ((comparison, ascending[0]) for comparison in ascending)
 
 
 def _comparison(of_case: Sequence[Measurement]) -> Comparison:

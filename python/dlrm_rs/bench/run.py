@@ -25,7 +25,7 @@ from dlrm_rs.bench.report import print_report
 from dlrm_rs.bench.sides import PEERS, TRAINING_PEERS, Peer
 from dlrm_rs.bench.sides.side import ENVIRONMENTS, HUGE_PAGES, PLAIN
 from dlrm_rs.bench.step import StepJob
-from dlrm_rs.machine import describe_machine
+from dlrm_rs.machine import busy_share, describe_machine
 
 # Whose versions the record names; FBGEMM comes in a package for the CPU and one for CUDA.
 PACKAGES = ("fbgemm-gpu-cpu", "fbgemm-gpu")
@@ -53,7 +53,7 @@ def run(arguments: Arguments, output: Path, console: Console) -> Record:
         OSError: `output` cannot be written.
     """
     output.mkdir(parents=True, exist_ok=True)  # rather now than after minutes of measuring
-    record = Record(describe_machine(PACKAGES), arguments)
+    record = Record({**describe_machine(PACKAGES), "busy": busy_share()}, arguments)
     with ExitStack() as stack:
         workers = {name: stack.enter_context(closing(Worker(set_))) for name, set_ in ENVIRONMENTS.items()}
         with console.status("Looking for peers"):
