@@ -250,57 +250,99 @@ fn fifty_fused_steps_follow_the_formulas() {
     }
 }
 
-/// The bytes of weights and state after 50 steps on rows of every format that can be trained. Two thirds of the ids of the
-/// first table are one row, which is hot.
-fn bytes_after_fifty_steps(kind: Kind, split: bool, state: RowFormat, ctx: &Context) -> Vec<Vec<u8>> {
-    const DIM: usize = 33;
-    const BATCH: usize = 2500;
-    let formats = [RowFormat::Fp32, RowFormat::Fp32, RowFormat::Fp16, RowFormat::Bf16];
-    let rows = [3, 300, 300, 300];
-    let spec = |t: usize| TableSpec { name: format!("t{t}"), rows: rows[t], dim: DIM, format: formats[t] };
-    let feature = |table| Feature { table, pooling: Pooling::Sum, padding: None };
-    let set = TableSet::new((0..4).map(spec).collect(), (0..4).map(feature).collect(), ctx).unwrap();
-    for (t, &rows) in rows.iter().enumerate() {
-        let source: Vec<_> = (0..rows * DIM).map(|i| noise(t as u64, i)).collect();
-        set.write_rows(t, 0, &source, ctx).unwrap();
-    }
-    set.set_optimizer(kind, split, state, ctx).unwrap();
-    for step in 1..=50 {
-        let id = |i: usize| (i * i + step as usize * (i % 3)) as i64 % rows[i / BATCH] as i64;
-        let ids: Vec<_> = (0..4 * BATCH).map(id).collect();
-        let output: Vec<_> = (0..4 * BATCH * DIM).map(|i| noise(step, i)).collect();
-        let gradient = Gradient {
-            output: &output,
-            argmax: None,
-            trainable: &[true; 4],
-            scale_by_frequency: &[false; 4],
-            factor: 1.0,
+/// Tables of one dim, each looked up by a feature of its own.
+struct Fifty<'a> {
+    tables: &'a [(RowFormat, usize)],
+    dim: usize,
+    batch: usize,
+    /// The row of a sample at a step, of a table with so many.
+    id: fn(usize, usize, usize) -> usize,
+}
+
+impl Fifty<'_> {
+    /// The bytes of rows, their scales and their state after 50 steps.
+    fn trained(&self, kind: Kind, split: bool, state: RowFormat, ctx: &Context) -> Vec<Vec<u8>> {
+        let Self { tables, dim, batch, id } = *self;
+        let count = tables.len();
+        let spec =
+            |t: usize| TableSpec { name: format!("t{t}"), rows: tables[t].1, dim, format: tables[t].0 };
+        let feature = |table| Feature { table, pooling: Pooling::Sum, padding: None };
+        let set =
+            TableSet::new((0..count).map(spec).collect(), (0..count).map(feature).collect(), ctx).unwrap();
+        for (t, &(_, rows)) in tables.iter().enumerate() {
+            let source: Vec<_> = (0..rows * dim).map(|i| noise(t as u64, i)).collect();
+            set.write_rows(t, 0, &source, ctx).unwrap();
+        }
+        set.set_optimizer(kind, split, state, ctx).unwrap();
+        let flags = [vec![true; count], vec![false; count]];
+        for step in 1..=50 {
+            let ids: Vec<_> = (0..count * batch).map(|i| id(tables[i / batch].1, i, step) as i64).collect();
+            let output: Vec<_> = (0..count * batch * dim).map(|i| noise(step as u64, i)).collect();
+            let gradient = Gradient {
+                output: &output,
+                argmax: None,
+                trainable: &flags[0],
+                scale_by_frequency: &flags[1],
+                factor: 1.0,
+            };
+            let bags = Bags::new(Ids::I64(&ids), Offsets::Even, count, batch, None).unwrap();
+            set.update(&bags, &gradient, &optimizers(kind, step as u64, count), ctx).unwrap();
+        }
+        let state = |t, part| set.read_state(t, part, |_, state, _| state.to_vec()).unwrap();
+        let low = |t| set.read_low(t, |low, _| low.iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap();
+        let rows = |t| {
+            set.read_rows(t, |rows| [rows.elements().0.to_vec(), rows.scales().0.to_vec()].concat()).unwrap()
         };
-        let bags = Bags::new(Ids::I64(&ids), Offsets::Even, 4, BATCH, None).unwrap();
-        set.update(&bags, &gradient, &optimizers(kind, step, 4), ctx).unwrap();
+        (0..count).flat_map(|t| [rows(t), state(t, 0), state(t, 1), low(t)]).collect()
     }
-    let state = |t, part| set.read_state(t, part, |_, state, _| state.to_vec()).unwrap();
-    let low = |t| set.read_low(t, |low, _| low.iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap();
-    let elements = |t| set.read_rows(t, |rows| rows.elements().0.to_vec()).unwrap();
-    (0..4).flat_map(|t| [elements(t), state(t, 0), state(t, 1), low(t)]).collect()
 }
 
 #[test]
 fn fifty_fused_steps_have_the_same_bytes_everywhere_and_again() {
+    use RowFormat::{Bf16, Fp16, Fp32};
+    // Two thirds of the ids of the first table are one row, which is hot.
+    let fifty = Fifty {
+        tables: &[(Fp32, 3), (Fp32, 300), (Fp16, 300), (Bf16, 300)],
+        dim: 33,
+        batch: 2500,
+        id: |rows, i, step| (i * i + step * (i % 3)) % rows,
+    };
     let best = Context::default();
     let levels = Level::available().map(|level| Context { level, threads: 2, ..best });
     let threads = [2, 3, 7, 8].map(|threads| Context { threads, ..best });
     let contexts: Vec<_> = levels.chain(threads).chain([best]).collect();
     for (i, &kind) in Kind::ALL.iter().enumerate() {
         let split = i % 2 == 1;
-        for state in [RowFormat::Fp32, RowFormat::Bf16] {
-            if (kind, state) == (Kind::Ftrl, RowFormat::Bf16) {
+        for state in [Fp32, Bf16] {
+            if (kind, state) == (Kind::Ftrl, Bf16) {
                 continue; // refused
             }
-            let first = bytes_after_fifty_steps(kind, split, state, &best);
+            let first = fifty.trained(kind, split, state, &best);
             for ctx in &contexts {
-                let same = first == bytes_after_fifty_steps(kind, split, state, ctx);
+                let same = first == fifty.trained(kind, split, state, ctx);
                 assert!(same, "{kind} with {state} state at {:?} on {} threads", ctx.level, ctx.threads);
+            }
+        }
+    }
+}
+
+#[test]
+fn fifty_fused_steps_on_rows_of_codes_have_the_same_bytes_everywhere() {
+    // Each table is a piece of the work, and all of them are just enough for several threads. Every row has three gradients.
+    let fifty = Fifty {
+        tables: &[RowFormat::Int8, RowFormat::Int4, RowFormat::Int2].map(|format| (format, 27)).repeat(3),
+        dim: 129,
+        batch: 81,
+        id: |rows, i, step| (i * 5 + step) % rows,
+    };
+    for &kind in Kind::ALL {
+        let mut first = None;
+        for level in Level::available() {
+            for threads in [1, 2, 3, 7, 8] {
+                let ctx = Context { level, threads, ..Context::default() };
+                let bytes = fifty.trained(kind, false, RowFormat::Fp32, &ctx);
+                let same = *first.get_or_insert_with(|| bytes.clone()) == bytes;
+                assert!(same, "{kind} at {level:?} on {threads} threads");
             }
         }
     }
@@ -441,21 +483,6 @@ fn rows_of_every_format_have_the_same_bits_everywhere() {
         for ctx in &contexts()[1..] {
             assert!(first == trained(ctx), "{format} at {:?} on {} threads", ctx.level, ctx.threads);
         }
-    }
-}
-
-#[test]
-fn int8_rows_have_the_same_bits_after_fifty_steps_of_every_optimizer() {
-    let mut case = large_case(Pooling::Mean);
-    case.batch = 40;
-    case.bags = (0..160).map(|i| (0..i % 9).map(|k| i64::from(i * k % 3)).collect()).collect();
-    for &kind in Kind::ALL {
-        let trained = |threads| {
-            let ctx = Context { threads, ..Context::default() };
-            trained_rows(&case, RowFormat::Int8, false, None, kind, 50, &ctx)
-        };
-        let first = trained(1);
-        assert!([2, 3, 7, 8].into_iter().all(|threads| first == trained(threads)), "{kind}");
     }
 }
 
