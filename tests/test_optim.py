@@ -377,6 +377,51 @@ def test_a_checkpoint_resumes_to_the_same_bits(dtype: str, spec: OptimizerSpec) 
     assert all(got.dtype is wanted.dtype and torch.equal(got, wanted) for got, wanted in states)
 
 
+@each_spec
+def test_tables_of_codes_with_rates_of_their_own_and_a_scheduler_resume_to_the_same_bits(spec: OptimizerSpec) -> None:
+    spec = dataclasses.replace(spec, table_lr={"int4": spec.lr / 2}, seed=3)
+    tables = [dlrm_rs.EmbeddingBagConfig(name, 20, 9, [name], data_type=name) for name in ("int8", "int4", "int2")]
+
+    def made() -> tuple[dlrm_rs.EmbeddingBagCollection, dlrm_rs.optim.FusedOptimizer, Any]:
+        torch.manual_seed(1)
+        module = dlrm_rs.EmbeddingBagCollection(tables, optimizer=spec)
+        optimizer = module.fused_optimizer
+        assert optimizer is not None
+        return module, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+
+    steps = torch.randint(0, 20, (10, 3 * 8 * 2))
+
+    def trained(module: dlrm_rs.EmbeddingBagCollection, scheduler: Any, steps: Tensor) -> None:
+        for ids in steps:
+            loss(module.lookup(ids, torch.arange(0, 49, 2))).backward()
+            scheduler.optimizer.step()
+            scheduler.step()
+
+    straight, expected, scheduler = made()
+    start = copy.deepcopy(straight.state_dict())
+    trained(straight, scheduler, steps)
+    first, optimizer, scheduler = made()
+    trained(first, scheduler, steps[:5])
+    file = io.BytesIO()
+    torch.save([thing.state_dict() for thing in (first, optimizer, scheduler)], file)
+    file.seek(0)
+    resumed = made()
+    for thing, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        thing.load_state_dict(state)
+    trained(resumed[0], resumed[2], steps[5:])
+
+    rows, wanted = resumed[0].state_dict(), straight.state_dict()
+    assert all(torch.equal(rows[name], wanted[name]) for name in wanted)
+    assert not any(torch.equal(start[name], wanted[name]) for name in wanted if name.endswith(("codes", "scales")))
+    assert [group["lr"] for group in expected.param_groups] == [spec.lr / 8, spec.lr / 16]
+    assert resumed[1].state_dict()["param_groups"] == expected.state_dict()["param_groups"]
+    states = [optimizer.state_dict()["state"] for optimizer in (resumed[1], expected)]
+    assert states[0].keys() == states[1].keys()
+    for got, state in zip(*(each.values() for each in states), strict=True):
+        assert got.keys() == state.keys()
+        assert all(torch.equal(got[name], state[name]) for name in state)
+
+
 def test_state_is_the_engines_memory_before_and_after_a_load() -> None:
     module, optimizer = fused(Adagrad())
     state = module._tables.handle.optimizer_state(0)["sum"]
