@@ -1,6 +1,8 @@
 """Updates that wait for `step()`: accumulated, scaled, skipped, and several lookups as one."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -228,3 +230,239 @@ def test_a_grad_scaler_is_refused_where_rows_move_in_backward() -> None:
     with pytest.raises(RuntimeError, match="GradScaler: expected a fused optimizer with update='step'"):
         scaler.step(optimizer)
     torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
+
+
+FORMATS = ["fp32", "fp16", "bf16", "bf16-split", "int8"]
+
+
+def of_zeros(row_format: str = "fp32", **kwargs: Any) -> tuple[dlrm_rs.EmbeddingBag, FusedOptimizer]:
+    """A module of zeros whose rows move by their gradient; those of equal elements are exact in every format."""
+    spec = SGD(lr=1.0, update="step", split_bf16=row_format == "bf16-split", check_finite=kwargs.pop("check", False))
+    return fused(spec, dtype=row_format.removesuffix("-split"), _weight=torch.zeros(20, 5), **kwargs)
+
+
+def moved(module: dlrm_rs.EmbeddingBag) -> dict[int, float]:
+    """The rows that are not zero, and their first elements."""
+    with torch.no_grad():
+        first = module(torch.arange(20).unsqueeze(1))[:, 0]
+    return {row: float(x) for row, x in enumerate(first) if x}
+
+
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_rows_of_every_format_accumulate(row_format: str) -> None:
+    module, optimizer = of_zeros(row_format)
+    for _ in range(3):
+        for ids in ([[1, 1]], [[2]]):
+            module(torch.tensor(ids)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert moved(module) == {1: -6, 2: -3}
+
+
+@pytest.mark.parametrize("formats", [("fp16", "fp32"), ("fp32", "fp16"), ("fp16", "int8"), ("fp16", "fp16")])
+def test_tables_of_several_formats_wait_together(formats: tuple[str, str]) -> None:
+    tables = [
+        dlrm_rs.EmbeddingBagConfig(f"t{i}", 4, 3, [f"f{i}"], data_type=name, init_fn=torch.nn.init.zeros_)
+        for i, name in enumerate(formats)
+    ]
+    module = dlrm_rs.EmbeddingBagCollection(tables, optimizer=SGD(lr=1.0, update="step"))
+    assert module.fused_optimizer is not None
+    bags = torch.tensor([1, 2]), torch.tensor([0, 1, 2])
+    for _ in range(2):
+        module.zero_grad()
+        module.lookup(*bags).sum().backward()
+        module.fused_optimizer.step()
+    assert torch.equal(module.lookup(*bags).detach(), torch.full((1, 6), -2.0))
+    assert all("stand_in" not in key and "mark" not in key for key in module.state_dict())
+    module.load_state_dict(module.state_dict())
+
+
+@pytest.mark.parametrize("row_format", FORMATS)
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_grad_scaler_trains_rows_of_every_format(row_format: str, unscale: bool) -> None:
+    module, optimizer = of_zeros(row_format)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (1.0, float("inf"), 2.0):
+        optimizer.zero_grad()
+        for _ in range(2):
+            scaler.scale(module(torch.tensor([[1]])).float().sum() * factor).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert moved(module) == {1: -6}
+    assert scaler.get_scale() == 512
+
+
+@pytest.mark.parametrize("row_format", FORMATS)
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize("of", ["module", "another optimizer"])
+def test_whoever_zeroes_the_gradients_drops_them(row_format: str, of: str, set_to_none: bool) -> None:
+    module, optimizer = of_zeros(row_format)
+    other = torch.optim.SGD(module.parameters(), lr=0.0)
+    for row in (1, 2, 3):
+        module(torch.tensor([[row]])).sum().backward()
+        optimizer.step()
+        (module if of == "module" else other).zero_grad(set_to_none=set_to_none)
+    optimizer.step()
+    assert moved(module) == {1: -1, 2: -1, 3: -1}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_gradient_of_something_else_lets_nothing_wait(when: str) -> None:
+    module, optimizer = of_zeros()
+    weights = torch.ones(1, 1, requires_grad=True)
+
+    def of_weights() -> None:
+        torch.autograd.grad(module(torch.tensor([[1]]), per_sample_weights=weights).sum(), weights)
+
+    if when == "before":
+        of_weights()
+    module(torch.tensor([[2]]), per_sample_weights=torch.ones(1, 1)).sum().backward()
+    if when == "after":
+        of_weights()
+    optimizer.step()
+    assert moved(module) == {2: -1}
+
+
+def test_a_backward_that_failed_lets_nothing_wait() -> None:
+    module, optimizer = of_zeros(check=True)
+    first, second = module(torch.tensor([[1]])), module(torch.tensor([[2]]))
+    with pytest.raises(FloatingPointError):
+        (second.sum() + first.sum() * float("nan")).backward()
+    module(torch.tensor([[3]])).sum().backward()
+    optimizer.step()
+    assert moved(module) == {3: -1}
+
+
+def test_calls_with_and_without_weights_of_ids_wait_together() -> None:
+    module, optimizer = of_zeros()
+    module(torch.tensor([[1]]), per_sample_weights=torch.full((1, 1), 3.0)).sum().backward()
+    module(torch.tensor([[2]])).sum().backward()
+    optimizer.step()
+    assert moved(module) == {1: -3, 2: -1}
+
+
+@pytest.mark.parametrize("update", ["backward", "step"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_that_may_not_be_finite_are_refused(weighted: bool, update: Any) -> None:
+    module, optimizer = fused(SGD(lr=1.0, update=update, check_finite=True))
+    before = module.weight.detach().clone()
+    weights, grad = (torch.full((2, 1), 1e30), 1e30) if weighted else (None, 3e38)
+    out = module(torch.tensor([[1], [1]]), per_sample_weights=weights)
+    with pytest.raises(FloatingPointError, match="small enough that their sums are finite in float32"):
+        out.backward(torch.full((2, 5), grad))
+    optimizer.step()
+    assert torch.equal(module.weight, before)
+
+
+def test_sums_of_several_backwards_that_may_not_be_finite_are_refused() -> None:
+    module, optimizer = of_zeros(check=True)
+    for _ in range(2):
+        module(torch.tensor([[1]])).backward(torch.full((1, 5), 3e38))
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert not moved(module)
+    assert optimizer.param_groups[0]["step"] == 0
+
+
+def test_a_grad_scaler_skips_sums_that_may_not_be_finite() -> None:
+    module, optimizer = of_zeros()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(module(torch.tensor([[1], [1]]))).backward(torch.full((2, 5), 3e38))
+    scaler.step(optimizer)
+    assert not moved(module)
+
+
+def test_clipping_of_other_gradients_reaches_none_that_wait() -> None:
+    module, optimizer = of_zeros()
+    dense = torch.nn.Linear(5, 1)
+    dense(module(torch.tensor([[1]]))).sum().backward()
+    expected = -dense.weight.detach()[0, 0]
+    torch.nn.utils.clip_grad_norm_([*dense.parameters(), optimizer.gate], 1e-3)  # type: ignore[list-item]
+    optimizer.zero_grad()
+    dense(module(torch.tensor([[1]]))).sum().backward()
+    torch.nn.utils.clip_grad_norm_(dense.parameters(), 1e-3)
+    module.weight.grad.mul_(0.1)  # type: ignore[union-attr]
+    optimizer.step()
+    assert moved(module) == {1: float(expected)}
+
+
+def test_what_multiplies_the_gate_multiplies_what_has_come_so_far() -> None:
+    module, optimizer = of_zeros()
+    assert optimizer.gate is not None
+    module(torch.tensor([[1]])).sum().backward()
+    optimizer.gate.grad.mul_(0.5)  # type: ignore[union-attr]
+    module(torch.tensor([[2]])).sum().backward()
+    optimizer.step()
+    assert moved(module) == {1: -0.5, 2: -1}
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "weighted", "not pooled"])
+def test_occurrences_are_counted_in_every_backward_alone_as_torchs(kind: str) -> None:
+    options: dict[str, Any] = {"scale_grad_by_freq": True, "optimizer": SGD(lr=1.0, update="step")}
+    ours: dlrm_rs.Embedding | dlrm_rs.EmbeddingBag
+    if kind == "not pooled":
+        ours = dlrm_rs.Embedding(9, 5, **options)
+    else:
+        ours = dlrm_rs.EmbeddingBag(9, 5, mode="mean" if kind == "mean" else "sum", **options)
+    torchs = ours.weight.detach().clone().requires_grad_()
+    for ids in ([[1, 1, 2], [1, 3, 3]], [[1, 4, 4]], [[8, 8, 8]]):
+        given = torch.tensor(ids)
+        weights = {"per_sample_weights": given / 4} if kind == "weighted" else {}
+        ours(given, **weights).sin().sum().backward()
+        # Not torch's EmbeddingBag, which counted wrongly up to 2.6.
+        rows = torch.nn.functional.embedding(given, torchs, scale_grad_by_freq=True)  # (B, ids, D)
+        if kind == "weighted":
+            rows = rows * weights["per_sample_weights"].unsqueeze(2)
+        pooled = rows if kind == "not pooled" else rows.mean(1) if kind == "mean" else rows.sum(1)
+        pooled.sin().sum().backward()
+    assert ours.fused_optimizer is not None
+    ours.fused_optimizer.step()
+    assert torch.allclose(ours.weight, torchs - torchs.grad, rtol=1e-5, atol=1e-6)  # type: ignore[operator]
+
+
+def test_the_same_tables_are_to_be_trained_in_all_backwards() -> None:
+    module = collection(SGD(lr=1.0, update="step"))
+    assert module.fused_optimizer is not None
+    ids, offsets, _ = ids_of(range(3))
+    module.lookup(ids, offsets).sum().backward()
+    module.embedding_bags["u"].weight.requires_grad_(False)
+    module.lookup(ids, offsets).sum().backward()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match=r"same tables to be trained in all backwards .* got table 'u'"):
+        module.fused_optimizer.step()
+    assert str(module.state_dict()) == str(before)
+
+
+def test_a_checkpoint_has_the_tables_alone() -> None:
+    (module, optimizer), (_, in_backward) = fused(Adam(lr=0.1, update="step")), fused(Adam(lr=0.1))
+    for _ in range(2):
+        module(torch.tensor([[1]])).sum().backward()
+        optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["params"] == [0]
+    in_backward.load_state_dict(saved)
+    optimizer.load_state_dict(in_backward.state_dict())
+    assert str(optimizer.state_dict()["state"]) == str(saved["state"])
+    assert optimizer.gate is not None
+    optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 3
+
+
+def test_what_waits_is_counted() -> None:
+    module, optimizer = of_zeros()
+    for calls in (1, 2):
+        module(torch.tensor([[1, 1]])).sum().backward()
+        assert optimizer.waiting_bytes() == calls * (2 * 8 + 5 * 4)
+    optimizer.zero_grad()
+    assert optimizer.waiting_bytes() == 0
+
+
+def test_modules_whose_gradients_wait_are_freed() -> None:
+    module, _ = of_zeros()
+    module(torch.tensor([[1]])).sum().backward()
+    alive = weakref.ref(module._tables)
+    del module, _
+    gc.collect()
+    assert alive() is None

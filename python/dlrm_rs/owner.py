@@ -17,7 +17,7 @@ from dlrm_rs.buffers import PARTS
 from dlrm_rs.hot_rows import HOT_PARTS, check_hot_rows
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
 from dlrm_rs.row_formats import QUANTIZED
-from dlrm_rs.tables import STAND_IN, EmbeddingTables, FeatureSpec, TableSpec
+from dlrm_rs.tables import MARKED, STAND_IN, EmbeddingTables, FeatureSpec, TableSpec
 
 __all__ = ["HoldsWeight", "OwnsTable", "OwnsTables", "single_table"]
 
@@ -37,6 +37,8 @@ class OwnsTables(nn.Module):
 
         `"payload"` (elements of its rows), `"scales"` (scale and bias of quantized rows), `"hot"` (those of quantized
         rows that are kept in fp32, and what is known of them), `"state"` (of the optimizer), `"overhead"` (the rest).
+        A call takes scratch beside these, which its batch bounds and which is free after it; gradients that wait for a
+        step are `fused_optimizer.waiting_bytes()`.
 
         Example:
             >>> import dlrm_rs
@@ -175,7 +177,8 @@ class HoldsWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(f"{prefix}{STAND_IN}", None)
+        for name in (STAND_IN, MARKED):
+            destination.pop(f"{prefix}{name}", None)
         if self._tables.row_formats[self._table] in QUANTIZED:
             parts = self._tables.packed_state(self._table)
             destination.update({f"{prefix}weight_{part}": tensor for part, tensor in parts.items()})
@@ -210,7 +213,8 @@ class HoldsWeight(nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-            missing_keys[:] = [key for key in missing_keys if key != f"{prefix}{STAND_IN}"]
+            added = [f"{prefix}{name}" for name in (STAND_IN, MARKED)]
+            missing_keys[:] = [key for key in missing_keys if key not in added]
 
     def _load_parts(self, prefix: str, parts: dict[str, Any], error_msgs: list[str]) -> None:
         wanted = ["format", "codes", "scales", *(HOT_PARTS if parts.keys() & set(HOT_PARTS) else ())]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +21,14 @@ __all__ = [
     "agree",
     "array",
     "check_fused",
+    "check_sums",
     "check_unshared",
     "dense_gradient",
     "gradient_terms",
     "lookup",
     "per_sample_weights_gradient",
     "run_update",
+    "sums_are_finite",
     "update",
 ]
 
@@ -99,14 +100,38 @@ def update(tables: EmbeddingTables, memory: Memory, terms: Terms) -> None:
         raise RuntimeError(
             "update: expected 'backward' in a model that is compiled or exported, got 'step', which keeps gradients"
         )
-    if optimizer.check_finite:
-        optimizer.refuse(agree(tables, bool(np.isfinite(terms[5]).all())))
+    check_sums(optimizer, tables, terms)
     groups = optimizer.begin_step()
     try:
         run_update(tables, memory, terms, 1.0, groups)
     except BaseException:
         optimizer.take_back_step()
         raise
+
+
+def sums_are_finite(grad: Tensor, per_sample_weights: Tensor | None, ids: int, factor: float = 1.0) -> bool:
+    """Whether no sum of a row's gradients can be infinite or NaN, whichever `ids` ids a call has.
+
+    That is known of the largest numbers: a row has at most all ids.
+    """
+    largest = _largest(grad) * (1.0 if per_sample_weights is None else _largest(per_sample_weights))
+    return largest * max(ids, 1) * abs(factor) <= torch.finfo(torch.float32).max  # NaN is not
+
+
+def _largest(numbers: Tensor) -> float:
+    """The largest size; NaN if there is one."""
+    if not numbers.numel():
+        return 0.0
+    smallest, largest = torch.aminmax(numbers)
+    return float(torch.maximum(-smallest, largest))
+
+
+def check_sums(optimizer: FusedOptimizer, tables: EmbeddingTables, terms: Terms, factor: float = 1.0) -> None:
+    """Refuse gradients of which a row's sum may not be finite, if the optimizer does."""
+    if optimizer.check_finite:
+        indices, _, _, weights, _, grad, *_ = terms
+        given = torch.as_tensor(grad), None if weights is None else torch.as_tensor(weights)
+        optimizer.refuse(agree(tables, sums_are_finite(*given, len(indices), factor)))
 
 
 def run_update(

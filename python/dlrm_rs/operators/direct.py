@@ -19,6 +19,7 @@ from dlrm_rs.devices.ring import Ring
 from dlrm_rs.memory import Memory
 from dlrm_rs.operators import calls
 from dlrm_rs.operators.kept import KeptCall, keep
+from dlrm_rs.optim import FusedOptimizer
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = ["lookup", "renorm"]
@@ -38,8 +39,7 @@ def lookup(
     if torch.is_grad_enabled():
         trainable = [weight.requires_grad for weight in weights]
         if True in trainable or (per_sample_weights is not None and per_sample_weights.requires_grad):
-            # The fused update is one operation for all tables: any one weight ties it into the graph.
-            inputs = weights if tables.optimizer is None else [w for w in weights if w.requires_grad][:1]
+            inputs = weights if tables.optimizer is None else _tie(tables.optimizer, weights)
             fused = tables.optimizer is not None
             call = _Call(tables, tables.memory, weights, batch_size, trainable, sparse, scale_grad_by_freq, fused)
             out: Tensor = _Lookup.apply(call, indices, offsets, per_sample_weights, *inputs)
@@ -134,6 +134,13 @@ class _Lookup(torch.autograd.Function):
         return (None, None, None, weights_grad, *grads)
 
 
+def _tie(optimizer: FusedOptimizer, weights: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """What ties the fused update into the graph: one operation for all tables, so any one weight, or the gate."""
+    if optimizer.gate is not None:
+        return [optimizer.gate]
+    return [weight for weight in weights if weight.requires_grad][:1]
+
+
 def _outputs(tables: EmbeddingTables) -> Ring | None:
     """Memory from which copies to the device go on their own; none for output that stays where it is."""
     return None if tables.output_device is CPU else tables.output_device.outputs
@@ -145,8 +152,7 @@ def _keep(
     given = (bags, per_sample_weights, argmax, grad, call.trainable, call.scale_grad_by_freq)
     kept = KeptCall(call.tables, *given, [])
     kept.versions.extend(tensor._version for tensor in kept.tensors())
-    weight = next(weight for weight, trained in zip(call.weights, call.trainable, strict=True) if trained)
-    return keep(calls.check_fused(call.tables), kept, weight)
+    return keep(calls.check_fused(call.tables), kept)
 
 
 def _sparse_gradient(call: _Call, terms: calls.Terms) -> list[Tensor | None]:

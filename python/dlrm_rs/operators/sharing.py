@@ -77,13 +77,13 @@ class Sharing:
         done = torch.zeros(1, dtype=torch.int64, device="cpu")
         try:
             every = [mine, *(self._receive(rank, told[rank][1:]) for rank in range(1, self._world))]
-            whole = merged(
+            whole, _ = merged(
                 [
-                    _call(tables, batch_size, tensors, trainable, scale)
+                    (_call(tables, batch_size, tensors, trainable, scale), 1.0)
                     for (batch_size, *_), tensors in zip(told, every, strict=True)
                 ]
             )
-            given = (whole.per_sample_weights, whole.argmax, whole.grad, trainable, scale)
+            given = (whole.per_sample_weights, whole.argmax, whole.grad, trainable, whole.scale_grad_by_freq)
             memory.handle.update(*calls.gradient_terms(whole.bags, *given), factor / self._world, groups)
             done += 1
         finally:

@@ -11,17 +11,19 @@ Two ways to step, by `update` of the spec:
   gradients.
 - `"step"`: backward keeps the gradient of what was looked up (`B` rows, not those of the tables), and
   `fused_optimizer.step()` runs the update once, on the sums of all that was kept: the same bits as of one batch;
-  `zero_grad()` drops it. All of these work then as with torch's optimizers, `torch.amp.GradScaler` included.
-  (`torch.nn.utils.clip_grad_norm_` does not see these gradients in either way; `clip_norm` and `clip_value` are of the
-  spec.)
+  `zero_grad()` drops it, that of the model or of another optimizer over its parameters as well. All of these work then
+  as with torch's optimizers, `torch.amp.GradScaler` included. What is kept is the module's own: a copy of it has none.
+
+`torch.nn.utils.clip_grad_norm_`, hooks and other optimizers do not see these gradients in either way; `clip_norm` and
+`clip_value` are of the spec.
 
 Updates are lazy: a row that no bag of a step has stays as it is, and so does its state, as with
 `torch.optim.SparseAdam`. Weight decay, too, touches only the rows of the step.
 
 Rows of every format are trained, in fp32 arithmetic. A quantized row is decoded, updated, and encoded again: scale and
 bias from its smallest and largest element, codes rounded stochastically, so that the mean of what an element can become
-is the element. If an element is infinite or NaN then, the whole row is NaN; `check_finite` refuses gradients that lead
-there.
+is the element. If an element is infinite or NaN then, the whole row is NaN; `check_finite` refuses gradients that are
+not finite, or so large that a sum of them might not be.
 """
 
 from dlrm_rs.optim.fused import FusedOptimizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
@@ -11,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_rs.optim.specs import OptimizerSpec
+from dlrm_rs.optim.waiting import Waiting
 
 __all__ = ["FusedOptimizer"]
-
-# A number that bfloat16 has, too, and that stays one when it is divided by the scale of a loss.
-_TOKEN = 2.0**-100
 
 # What a checkpoint leaves as it is.
 _OF_THE_MODULE = ("update", "check_finite")
@@ -29,11 +26,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     `"step"` counts these. `state[weight]` holds views of the engine's memory: write to them to change the state, put
     nothing in their place. A module makes it; there is no need to.
 
-    Where rows move in `step()`, backward gives one of the weights a sparse gradient of a single row, the token, that
-    stands for the gradients of all tables: without it `step()` has nothing to do, as torch's optimizers; what
-    multiplies it, as `torch.amp.GradScaler.unscale_` does, multiplies them; and it is infinite where they are
-    not finite, so that a `GradScaler` skips the step. It is so small that another optimizer over that weight would not
-    change the row. Quantized rows have no weight, but a Parameter without elements that stands in for it.
+    Where rows move in `step()`, the gate, one more Parameter at the end of the last group, stands for the gradients
+    that wait: `torch.amp.GradScaler` unscales them by it, and skips the step where they are not finite. A weight of
+    the module has a sparse gradient of one row of zeros then, the mark: without it `step()` has nothing to do, as
+    torch's optimizers, so that `zero_grad()` of the model or of another optimizer drops the gradients, too. Nothing
+    else that is done to the weights' gradients reaches them, `torch.nn.utils.clip_grad_norm_` included. A checkpoint
+    has neither, nor has a copy of the module any of the gradients that wait.
 
     Args:
         spec: The optimizer and where it starts.
@@ -47,10 +45,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The engine's state; none in a copy that was made without its module, which then holds plain copies.
     _views: Sequence[Mapping[str, Tensor]] = ()
-    # What waits for `step()`, and the weight that has the token.
-    _kept: Sequence[Any] = ()
-    _holder: Tensor | None = None
-    _token_came = False
+    _waiting: Waiting | None = None
 
     def __init__(
         self,
@@ -65,8 +60,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._groups_are_made = False
         own = [table for table, name in enumerate(names) if name in spec.table_lr]
         rest = [table for table in range(len(names)) if table not in own]
-        groups = [{"params": [weights[t] for t in rest], "tables": rest}] if rest else []
+        groups: list[dict[str, Any]] = [{"params": [weights[t] for t in rest], "tables": rest}] if rest else []
         groups += [{"params": [weights[t]], "tables": [t], "lr": float(spec.table_lr[names[t]])} for t in own]
+        if spec.update == "step":
+            groups[-1]["params"].append(nn.Parameter(torch.zeros((), device="cpu")))
         # The algorithm goes along into the groups, and so into checkpoints, which another algorithm then refuses.
         super().__init__(groups, {"algorithm": spec.algorithm, **spec.hyperparameters(), "step": 0})
         self._groups_are_made = True
@@ -93,7 +90,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _weights(self) -> list[nn.Parameter]:
         """The weights in the tables' order."""
-        of_table = {t: w for group in self.param_groups for t, w in zip(group["tables"], group["params"], strict=True)}
+        of_table = {t: w for group in self.param_groups for t, w in zip(group["tables"], group["params"], strict=False)}
         return [of_table[table] for table in range(len(of_table))]
 
     @overload
@@ -119,44 +116,45 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._kept:
-            self._take_kept()
+        waiting = self._waiting.take() if self._waiting is not None else []
+        if waiting:
+            groups = self.begin_step()
+            try:
+                waiting[0][0].run(waiting, groups)
+            except BaseException:
+                self.take_back_step()
+                raise
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients that wait for `step()`."""
         super().zero_grad(set_to_none=True)
-        self._kept = ()
+        if self._waiting is not None:
+            self._waiting.drop()
 
-    def keep(self, call: Any, weight: Tensor) -> None:
-        """Let a call, a `KeptCall`, wait for `step()`; `weight` will have the token."""
-        if self._token_came and self._holder is not None and self._holder.grad is None:
-            self._kept = ()  # whoever took the token away has dropped the gradients
-        if self._kept and self._holder is not weight:
-            raise RuntimeError("backward: expected the weights that require gradients to stay the same until step()")
-        if self._holder is not weight:
-            weight.register_post_accumulate_grad_hook(self._note_token)
-        self._kept, self._holder, self._token_came = [*self._kept, call], weight, False
+    @property
+    def gate(self) -> nn.Parameter | None:
+        """The Parameter that stands for the gradients that wait; None where rows move in backward."""
+        group = self.param_groups[-1]
+        gate: nn.Parameter | None = next(iter(group["params"][len(group["tables"]) :]), None)
+        return gate
 
-    def _note_token(self, _: Tensor) -> None:
-        # Only then can it be missed: in one backward the token comes after all calls have been kept.
-        self._token_came = True
+    def waiting_bytes(self) -> int:
+        """Bytes of what waits for `step()`: ids, weights of ids and gradients of every backward since `zero_grad()`."""
+        return 0 if self._waiting is None else self._waiting.bytes()
 
-    @staticmethod
-    def token(weight: Tensor, finite: bool) -> Tensor:
-        """The gradient of a weight that stands for those of all tables."""
-        value = _TOKEN if finite else math.inf
-        return torch.sparse_coo_tensor(
-            torch.zeros(1, 1, dtype=torch.int64, device="cpu"),
-            torch.full((1, *weight.shape[1:]), value, dtype=weight.dtype, device="cpu"),
-            weight.shape,
-            check_invariants=False,
-        )
+    def keep(self, call: Any, marked: Tensor) -> None:
+        """Let a call, a `KeptCall`, wait for `step()`; `marked` is the weight to have the mark."""
+        gate = self.gate
+        assert gate is not None  # by which the call came here
+        if self._waiting is None or self._waiting.gate is not gate:
+            self._waiting = Waiting(gate)
+        self._waiting.keep(call, marked)
 
     @property
     def update_at(self) -> str:
         """When rows move: "backward" or "step"."""
-        return str(self.param_groups[0]["update"])
+        return "backward" if self.gate is None else "step"
 
     @property
     def check_finite(self) -> bool:
@@ -186,29 +184,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if self.check_finite and not finite:
             raise FloatingPointError(
-                "gradient: expected finite numbers, got an infinity or a NaN; the tables are as they were"
+                "gradient: expected finite numbers, and small enough that their sums are finite in float32, got an "
+                "infinity, a NaN or larger ones; the tables are as they were"
             )
-
-    def _take_kept(self) -> None:
-        token = None if self._holder is None else self._holder.grad
-        kept, count = self._kept, len(self._kept)
-        if token is None:
-            self._kept = ()
-            return
-        # As many tokens as backwards, each multiplied alike.
-        values = token._values() if token.is_sparse else token[:1]
-        if not values.numel():
-            raise RuntimeError(
-                "step: expected gradients scaled as by torch.amp.GradScaler, got some multiplied in place, which takes "
-                "those of quantized rows away; clip them by the fused optimizer itself"
-            )
-        factor = values.view(len(values), -1)[:, 0].double().sum().item() / count / _TOKEN
-        groups = self.begin_step()
-        try:
-            kept[0].run(kept[1:], factor if math.isfinite(factor) else 1.0, groups)
-        except BaseException:
-            self.take_back_step()
-            raise
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse another group: the tables of a module are trained together.
@@ -221,6 +199,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "param_group: expected none, as the groups of a fused optimizer are the tables of its module"
             )
         super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the hyperparameters, of the tables alone."""
+        state_dict = super().state_dict()
+        if self.gate is not None:
+            state_dict["param_groups"][-1]["params"].pop()
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a checkpoint into the engine's memory.
@@ -236,7 +221,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         loaded: list[dict[str, Any]] = []
         hook = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(state_dict if self.gate is None else _with_gate(state_dict))
             for group, present in zip(self.param_groups, groups, strict=True):
                 self._check_group(group, present)
                 group.update({key: present[key] for key in _OF_THE_MODULE})
@@ -300,11 +285,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         # The state has what the parameters need at every moment: Ctrl-C may come between any two of these.
         attached: dict[Tensor, Any] = {weight: dict(view) for weight, view in zip(weights, views, strict=False)}
         self.state = defaultdict(dict, {**self.state, **attached})
-        for group in self.param_groups:
-            group["params"] = [weights[table] for table in group["tables"]]
+        self._put(weights)
         if views:
             self._views = views
             self.state = defaultdict(dict, attached)
+
+    def _put(self, weights: Sequence[nn.Parameter]) -> None:
+        """Make these the weights of the groups."""
+        for group in self.param_groups:
+            tables = group["tables"]
+            group["params"] = [weights[table] for table in tables] + group["params"][len(tables) :]
 
     def rows_moved(self, weights: Sequence[nn.Parameter], views: Sequence[Mapping[str, Tensor]]) -> None:
         """Take over where the weights and the state are, since other rows have been put into the tables.
@@ -313,10 +303,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             weights: The tables' weights, some perhaps in the place of others.
             views: The engine's state of each, which has stayed.
         """
-        for group in self.param_groups:
-            group["params"] = [weights[table] for table in group["tables"]]
+        self._put(weights)
         self.state = defaultdict(dict)
         self.follow(views)
+
+
+def _with_gate(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint with one more Parameter, at the end of the last group."""
+    *groups, last = state_dict["param_groups"]
+    count = sum(len(group["params"]) for group in groups) + len(last["params"])
+    return {**state_dict, "param_groups": [*groups, {**last, "params": [*last["params"], count]}]}
 
 
 def _check_same_shapes(table: int, state: Mapping[str, Any], view: Mapping[str, Tensor]) -> None:

@@ -52,8 +52,8 @@ class OptimizerSpec:
         max_norm: A row that is longer (2-norm) after its update is scaled down to this.
         table_lr: Learning rates of some tables by name, each then a parameter group; the others have `lr`.
         update: "backward" or "step": when rows move (see `dlrm_rs.optim`).
-        check_finite: Refuse a gradient with an infinity or a NaN by a `FloatingPointError`; the tables stay as they
-            are.
+        check_finite: Refuse a gradient with an infinity or a NaN, or with numbers so large that a row's sum of as many
+            as the batch has ids might be one, by a `FloatingPointError`; the tables stay as they are.
         split_bf16: Keep the lower 16 bits of bf16 rows beside them, in the optimizer's state: updates are then those of
             fp32 rows, and lookups read the bfloat16 nearest to each element. Else bf16 rows, and always fp16 rows and
             the codes of quantized ones, are rounded stochastically, unbiased, after every update. A module without a
