@@ -153,8 +153,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def update_at(self) -> str:
-        """When rows move: "backward" or "step"."""
-        return "backward" if self.gate is None else "step"
+        """When rows move: "backward" or "step".
+
+        Raises:
+            ValueError: The parameter group says otherwise than the spec did.
+        """
+        made, got = "backward" if self.gate is None else "step", self.param_groups[0]["update"]
+        if got != made:
+            raise ValueError(
+                f"update: expected {made!r} in the parameter group, as the optimizer was made, got {got!r}"
+            )
+        return made
 
     @property
     def check_finite(self) -> bool:

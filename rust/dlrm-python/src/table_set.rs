@@ -481,7 +481,7 @@ pub(crate) fn fused_optimizers(
                 let values = values.collect::<PyResult<Vec<f64>>>()?;
                 // The count has this step already.
                 let step = Step { number: integer(group, "step", 1)?, seed: integer(group, "seed", 0)? };
-                check_unread(kind, group)?;
+                check_momentum(kind, group)?;
                 Optimizer::new(kind, &values, step).map_err(BindingError)?
             }
         };
@@ -490,15 +490,8 @@ pub(crate) fn fused_optimizers(
     Ok(made)
 }
 
-/// Refuses what no number says: values by which the update would not be what the group tells.
-fn check_unread(kind: Kind, group: &Bound<'_, PyMapping>) -> PyResult<()> {
-    let update = group.get_item("update")?;
-    if !["backward", "step"].into_iter().any(|known| update.eq(known).unwrap_or(false)) {
-        return Err(PyValueError::new_err(format!(
-            "update: expected 'backward' or 'step' in the parameter group, got {}",
-            update.repr()?
-        )));
-    }
+/// Refuses a momentum that would not be used.
+fn check_momentum(kind: Kind, group: &Bound<'_, PyMapping>) -> PyResult<()> {
     // Schedulers set it where a group has it, as torch's SGD does.
     if kind == Kind::Sgd && group.get_item("momentum")?.ne(0)? {
         return Err(PyValueError::new_err(format!(
