@@ -699,6 +699,46 @@ def test_split_bf16_is_fp32_training() -> None:
         assert torch.all((ours.weight.float() - fp32.weight).abs() <= fp32.weight.abs() * 2**-8)
 
 
+def test_weight_decay_of_partial_row_wise_adam_can_be_decoupled() -> None:
+    # FBGEMM's formula: `w -= lr * (u + weight_decay * w)`.
+    check_against_formula(
+        9, PartialRowWiseAdam(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True), {"mode": "sum"}, weighted=False
+    )
+
+
+@pytest.mark.parametrize("spec", [LAMB(lr=0.5), PartialRowWiseLAMB(lr=0.5), LARSSGD(lr=0.5)], ids=lambda s: s.algorithm)
+def test_rows_of_zeros_are_trained_where_steps_are_by_the_size_of_the_row(spec: OptimizerSpec) -> None:
+    module = dlrm_rs.EmbeddingBag(3, 2, mode="sum", _weight=torch.zeros(3, 2), optimizer=spec)
+    module(torch.tensor([[1]])).sum().backward()
+    assert_close(module.weight.detach(), torch.tensor([[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0]]))
+
+
+def test_a_backward_for_another_gradient_is_a_step_unless_the_table_is_frozen() -> None:
+    module, optimizer = fused(SGD(lr=1.0))
+    weights = torch.ones(1, 1, requires_grad=True)
+    for frozen, moved in ((True, 0.0), (False, -1.0)):
+        module.requires_grad_(not frozen)
+        before = module.weight.detach().clone()
+        (grad,) = torch.autograd.grad(module(torch.tensor([[0]]), per_sample_weights=weights).sum(), weights)
+        assert_close(grad, before[0].sum().view(1, 1))
+        assert torch.equal(module.weight[0], before[0] + moved)
+    assert optimizer.param_groups[0]["step"] == 1
+
+
+def test_ftrl_refuses_a_learning_rate_of_0() -> None:
+    module, optimizer = fused(FTRL(lr=0.1))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: epoch / 10)
+    before = module.weight.detach().clone()
+    with pytest.raises(ValueError, match="lr: expected a finite number above 0"):
+        module(torch.tensor([[0]])).sum().backward()
+    assert torch.equal(module.weight, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no step was taken before the scheduler's
+        scheduler.step()
+    module(torch.tensor([[0]])).sum().backward()
+    assert not torch.equal(module.weight, before)
+
+
 def test_a_second_group_is_refused() -> None:
     _, optimizer = fused(SGD(lr=1.0))
     with pytest.raises(ValueError, match="param_group: expected none"):

@@ -5,10 +5,11 @@ A spec, such as `Adagrad(lr=0.01)`, is given to a module; the module's `fused_op
 
 Two ways to step, by `update` of the spec:
 
-- `"backward"`: every backward through a lookup *is* a step. The fastest; but what torch does between the two, such as
-  gradient accumulation, several lookups of a table in one graph as one step, or unscaling of a scaled loss, cannot be
-  had. `torch.amp.GradScaler.step` refuses such an optimizer; a loss that is scaled in another way trains on scaled
-  gradients.
+- `"backward"`: every backward through a lookup *is* a step, whichever gradient was asked for: `torch.autograd.grad` of
+  the weights of ids alone moves the rows, too, unless they are frozen. The fastest; but what torch does between the
+  two, such as gradient accumulation, several lookups of a table in one graph as one step, or unscaling of a scaled
+  loss, cannot be had. `torch.amp.GradScaler.step` refuses such an optimizer; a loss that is scaled in another way
+  trains on scaled gradients.
 - `"step"`: backward keeps the gradient of what was looked up (`B` rows, not those of the tables), and
   `fused_optimizer.step()` runs the update once, on the sums of all that was kept: the same bits as of one batch;
   `zero_grad()` drops it, that of the model or of another optimizer over its parameters as well. All of these work then

@@ -277,17 +277,21 @@ class AdamW(Adam):
 
 @dataclass(frozen=True)
 class PartialRowWiseAdam(Adam):
-    """Adam whose second moment is one number per row, of `mean(g^2)`: FBGEMM's `PARTIAL_ROWWISE_ADAM`."""
+    """Adam whose second moment is one number per row, of `mean(g^2)`: FBGEMM's `PARTIAL_ROWWISE_ADAM`.
+
+    FBGEMM's weight decay, here and in its Adam, is decoupled: `w -= lr * (u + weight_decay * w)`, with `u` Adam's
+    direction. Ours is L2 unless `decoupled_weight_decay=True`, which is the same.
+    """
 
     algorithm = "partial_rowwise_adam"
 
 
 @dataclass(frozen=True)
 class LAMB(OptimizerSpec):
-    """LAMB (You et al. 2020), with a row for a layer: FBGEMM's `LAMB`.
+    """LAMB (You et al. 2020), with a row for a layer: FBGEMM's `LAMB`, but for rows of zeros.
 
     With `u` Adam's direction: `u += weight_decay * w; w -= lr * |w| / |u| * u`, 2-norms of the row; the ratio is
-    1 where either is 0.
+    1 where either is 0. (FBGEMM's is 0 where the row is: there such a row never moves.)
 
     Args:
         lr: Learning rate.
@@ -310,17 +314,17 @@ class LAMB(OptimizerSpec):
 
 @dataclass(frozen=True)
 class PartialRowWiseLAMB(LAMB):
-    """LAMB whose second moment is one number per row, of `mean(g^2)`: FBGEMM's `PARTIAL_ROWWISE_LAMB`."""
+    """LAMB whose second moment is one number per row, of `mean(g^2)`: FBGEMM's `PARTIAL_ROWWISE_LAMB`, as `LAMB` is."""
 
     algorithm = "partial_rowwise_lamb"
 
 
 @dataclass(frozen=True)
 class LARSSGD(OptimizerSpec):
-    """LARS (You, Gitman and Ginsburg 2017), with a row for a layer: FBGEMM's `LARS_SGD`.
+    """LARS (You, Gitman and Ginsburg 2017), with a row for a layer: FBGEMM's `LARS_SGD`, but for rows of zeros.
 
-    `r = eta * |w| / (|g| + weight_decay * |w|)`, 2-norms of the row, 1 where `|w|` or the divisor is 0;
-    `b = momentum * b + lr * r * (g + weight_decay * w); w -= b`.
+    `r = eta * |w| / (|g| + weight_decay * |w|)`, 2-norms of the row, 1 where `|w|` or the divisor is 0 (FBGEMM's is 0
+    where the row is: there such a row never moves); `b = momentum * b + lr * r * (g + weight_decay * w); w -= b`.
 
     Args:
         lr: Learning rate.
@@ -368,8 +372,10 @@ class FTRL(OptimizerSpec):
     `w = -(z - sign(z) * l1) / ((beta + sqrt(n)) / lr + l2)`. An element that never had a gradient keeps what it began
     with.
 
+    A schedule has to keep the learning rate above 0: a step at 0, as the first of a warm-up may be, is refused.
+
     Args:
-        lr: The paper's alpha, above 0.
+        lr: The paper's alpha, above 0, by which is divided.
         beta: Slows the first steps.
         l1: Makes weights 0.
         l2: Makes weights small.
