@@ -30,7 +30,7 @@ impl Rule for Adam {
 }
 
 /// Partial row-wise Adam: the second moment is one number for a row, of the mean of its squares (FBGEMM's
-/// `PARTIAL_ROWWISE_ADAM`).
+/// `PARTIAL_ROWWISE_ADAM`, whose weight decay is the decoupled one).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PartialRowWiseAdam {
     lr: f32,

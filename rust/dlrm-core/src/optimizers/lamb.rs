@@ -2,7 +2,7 @@
 //! where a norm is 0.
 //!
 //! You et al., "Large batch optimization for deep learning", 2020, algorithm 2, with a row for a layer, as FBGEMM's `LAMB`
-//! and `PARTIAL_ROWWISE_LAMB`.
+//! and `PARTIAL_ROWWISE_LAMB`, whose ratio is 0 for a row of zeros: such a row would never move.
 
 use super::Hyperparameters;
 use super::moments::Moments;

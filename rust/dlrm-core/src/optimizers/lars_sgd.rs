@@ -2,7 +2,7 @@
 //! the row; the factor is `lr` alone where `|w|` or the divisor is 0.
 //!
 //! You, Gitman and Ginsburg, "Large batch training of convolutional networks", 2017, algorithm 1, with a row for a layer,
-//! as FBGEMM's `LARS_SGD`.
+//! as FBGEMM's `LARS_SGD`, whose factor is 0 for a row of zeros: such a row would never move.
 
 use super::Hyperparameters;
 use crate::kernels::touched::{Row, Rule, norm};
