@@ -10,7 +10,7 @@ use dlrm_core::{Context, Level, RowFormat};
 /// Bytes of a table that stays in L2, and of one that is beyond every cache.
 const PLACES: [(&str, usize); 2] = [("cache", 256 << 10), ("memory", 512 << 20)];
 
-const DIMS: [usize; 4] = [16, 64, 100, 128];
+const DIMS: [usize; 5] = [16, 32, 64, 100, 128];
 
 fn main() {
     divan::main();

@@ -55,13 +55,22 @@ impl Workload {
     /// When there is not enough memory.
     #[must_use]
     pub fn new(sizes: Sizes) -> Self {
+        Self::with_padding(sizes, None)
+    }
+
+    /// The same, of features that leave an id out of every bag.
+    ///
+    /// # Panics
+    /// When there is not enough memory.
+    #[must_use]
+    pub fn with_padding(sizes: Sizes, padding: Option<usize>) -> Self {
         let spec = |table| TableSpec {
             name: format!("t{table}"),
             rows: sizes.rows,
             dim: sizes.dim,
             format: sizes.format,
         };
-        let feature = |table| Feature { table, pooling: Pooling::Sum, padding: None };
+        let feature = |table| Feature { table, pooling: Pooling::Sum, padding };
         let specs = (0..sizes.tables).map(spec).collect();
         let features = (0..sizes.tables).map(feature).collect();
         let set = TableSet::new(specs, features, &Context::default()).expect("memory for the tables");

@@ -18,13 +18,17 @@ impl OwnBags {
     pub(crate) fn without<I: Id>(padding: u64, starts: &[usize], ids: &[I], weights: Option<&[f32]>) -> Self {
         let all = starts[0]..starts[starts.len() - 1];
         let is_kept = |&position: &usize| ids[position].row() != padding;
-        let mut own = Vec::with_capacity(all.len());
-        let mut offsets = vec![0];
+        let (mut own, mut offsets) = (Vec::with_capacity(all.len()), Vec::with_capacity(starts.len()));
+        offsets.push(0);
         for bag in starts.windows(2) {
             own.extend((bag[0]..bag[1]).filter(is_kept).map(|position| ids[position].row() as i64));
             offsets.push(own.len() as i64);
         }
-        let weights = weights.map(|weights| all.filter(is_kept).map(|position| weights[position]).collect());
+        let weights = weights.map(|weights| {
+            let mut own_weights = Vec::with_capacity(own.len());
+            own_weights.extend(all.filter(is_kept).map(|position| weights[position]));
+            own_weights
+        });
         Self { ids: own, offsets, weights }
     }
 
