@@ -32,6 +32,7 @@ from dlrm_rs.bench.job import CEILING
 from dlrm_rs.bench.lookup import LookupJob
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.memory import groups
+from dlrm_rs.bench.optimizers import OPTIMIZERS
 from dlrm_rs.bench.process import ProcessEndedError, Worker
 from dlrm_rs.bench.quantize import REPETITIONS, QuantizeJob
 from dlrm_rs.bench.record import Record, comparisons, load_record, save_record
@@ -462,11 +463,30 @@ class Named:
 def test_a_process_has_its_environment_and_may_end() -> None:
     worker = Worker({"DLRM_RS_TEST": "7"})
     try:
-        assert str(worker.run(Named("DLRM_RS_TEST"))) == "7"
+        assert str(worker.run(Named("DLRM_RS_TEST"), 1e8)) == "7"
         assert "DLRM_RS_TEST" not in os.environ
         with pytest.raises(ProcessEndedError, match="the process ended; is there enough memory"):
-            worker.run(Named(None))
-        assert str(worker.run(Named("DLRM_RS_TEST"))) == "7"  # started anew
+            worker.run(Named(None), 1e8)
+        assert str(worker.run(Named("DLRM_RS_TEST"), 1e8)) == "7"  # started anew
+    finally:
+        worker.close()
+
+
+class Endless:
+    """A job that looks up small tables for ever."""
+
+    def run(self) -> Any:
+        ours, ids = Ours("fp32", EVEN, Rows()), batch(EVEN)
+        while True:
+            ours.calls(ids)["lookup"]()
+
+
+def test_a_job_is_ended_in_time() -> None:
+    worker = Worker({"DLRM_RS_TEST": "7"})
+    try:
+        with pytest.raises(TimeoutError):
+            worker.run(Endless(), 0.2)
+        assert str(worker.run(Named("DLRM_RS_TEST"), 1e8)) == "7"
     finally:
         worker.close()
 
@@ -485,12 +505,55 @@ def test_the_command_from_beginning_to_end(tmp_path: Path) -> None:
 
 
 def test_a_quick_run_tells_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "QUICK_LAST_START", -1.0)
-    arguments = Arguments.chosen(True, {"formats": ("fp32",), "rows": 100, "families": ("lookup",)})
-    record = run.run(arguments, tmp_path, Console(file=io.StringIO()))
+    monkeypatch.setattr(run, "QUICK_END", -1.0)
+    arguments = Arguments.chosen(True, {"formats": ("fp32",), "rows": 100})
+    printed = io.StringIO()
+    record = run.run(arguments, tmp_path, Console(file=printed, width=300))
     left_out = [line for line in record.skipped if line.endswith(": no time was left for it in a quick run")]
-    assert [line.split("; ")[1].split(")")[0] for line in left_out] == ["plain", "plain", "huge pages", "huge pages"]
+    assert [line.split(" (")[0] for line in left_out] == [
+        "SINGLE fp32",
+        "MULTI fp32",
+        "SINGLE fp32 RowWiseAdagrad",
+        "MULTI fp32 RowWiseAdagrad",
+    ]
+    assert all(f"Skipped: {line}" in printed.getvalue() for line in left_out)
     assert load_record(tmp_path / "bench.json") == record
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--shape GIANT --ids zipf --family lookup", "lookup GIANT: there are no zipf ids"),
+        ("--family quantize --row-format fp32", "quantize: expected row formats of int8, int4, int2, got fp32"),
+    ],
+)
+def test_a_choice_of_nothing_is_an_error(options: str, reason: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", *options.split(), "--output", str(tmp_path)], env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert f"nothing to time for this choice: {reason}" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_of_any_shape_are_quantized() -> None:
+    arguments = Arguments(
+        families=("quantize",), shapes=("MULTI", "KAGGLE"), formats=("int4",), threads=("1",), rows=100
+    )
+    jobs = list(run._jobs(arguments, {}, Record({}, arguments)))
+    assert [str(job) for job in jobs] == [
+        f"quantize {shape} to int4 ({environment})"
+        for shape in ("MULTI", "KAGGLE")
+        for environment in ("plain", "huge pages")
+    ]
+    assert isinstance(jobs[2], QuantizeJob)
+    measured = replace(jobs[2], peers=()).run()
+    assert {(m.shape, m.rows) for m in measured} == {("KAGGLE", sum(capped("KAGGLE", 100).num_embeddings))}
+
+
+def test_the_help_tells_what_there_is_and_how_long_it_takes() -> None:
+    result = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for word in (*SHAPES, *OPTIMIZERS, *ROW_FORMATS, "half an hour", "two minutes"):
+        assert word in result.output
 
 
 def test_a_wrong_option_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 import dlrm_rs
+from dlrm_rs.bench import arguments as choice
+from dlrm_rs.bench.optimizers import OPTIMIZERS
+from dlrm_rs.data.synthetic import SHAPES
 
 # A traceback with every local variable of a training loop hides the message.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -41,25 +45,58 @@ def demo(
     run(Arguments(epochs, batch_size, embedding_dim, table_lr, dense_lr, seed, threads, quick), output, Console())
 
 
+def _by_family(names: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{family}: {', '.join(of_family)}" for family, of_family in names.items())
+
+
 @app.command()
 def bench(
-    family: Annotated[list[str] | None, typer.Option(help="lookup, quantize or step; repeat for more.")] = None,
-    shape: Annotated[list[str] | None, typer.Option(help="Such as SINGLE; repeat for more.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(choice.FAMILIES)}; repeat for more.", show_default="all")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(SHAPES)}; repeat for more.", show_default=_by_family(choice.DEFAULT_SHAPES)),
+    ] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Repeat for more.", show_default="those of the shape")
     ] = None,
-    row_format: Annotated[list[str] | None, typer.Option(help="fp32, int8, int4, ...; repeat for more.")] = None,
-    optimizer: Annotated[list[str] | None, typer.Option(help="Of steps, such as SGD; repeat for more.")] = None,
-    ids: Annotated[list[str] | None, typer.Option(help="uniform or zipf; repeat for both.")] = None,
-    threads: Annotated[list[str] | None, typer.Option(help="A number or all; repeat for more.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0, help="For each case, all sides together.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Cut tables to this many rows.", show_default="all")] = None,
+    row_format: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{_by_family(choice.FORMATS)}. Repeat for more.", show_default=_by_family(choice.DEFAULT_FORMATS)
+        ),
+    ] = None,
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help=f"Of steps: {', '.join(OPTIMIZERS)}; repeat for more.", show_default="all")
+    ] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(choice.DISTRIBUTIONS)}; repeat for both.", show_default="those of the shape"),
+    ] = None,
+    threads: Annotated[
+        list[str] | None,
+        typer.Option(help="A number, or all CPUs; repeat for more.", show_default=", ".join(choice.THREADS)),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="For each case, all sides together.", show_default=f"{choice.Arguments.seconds:g}"),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cut tables to this many rows.", show_default=f"all; step: {choice.STEP_ROWS:,}"),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for bench.png and bench.json.")] = Path("bench-output"),
-    quick: Annotated[bool, typer.Option("--quick", help="Few cases on small tables: two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few cases on small tables, with all CPUs: two minutes.")
+    ] = False,
 ) -> None:
-    """Time lookups, quantization and training steps beside every other library that is installed, checked first."""
-    from dlrm_rs.bench.arguments import Arguments  # here, as what it brings in takes seconds
-    from dlrm_rs.bench.run import run
+    """Time lookups, quantization and training steps beside every other library that is installed, checked first.
+
+    All of it takes about half an hour for each number of threads on 2 cores with --rows 250000, and longer, with
+    more memory, without.
+    """
+    from dlrm_rs.bench.run import NothingToTimeError, run  # here, as what it brings in takes seconds
 
     chosen = {
         "families": family,
@@ -74,10 +111,14 @@ def bench(
     }
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items() if x}
     try:
-        arguments = Arguments.chosen(quick, given)
+        arguments = choice.Arguments.chosen(quick, given)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    run(arguments, output, Console())
+    try:
+        run(arguments, output, Console())
+    except NothingToTimeError as error:
+        Console(stderr=True).print(f"{error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from None
 
 
 @app.command()

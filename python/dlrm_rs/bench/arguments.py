@@ -25,18 +25,24 @@ DEFAULT_FORMATS: Mapping[str, tuple[str, ...]] = {
 }
 FAMILIES = tuple(FORMATS)
 # The shapes of a family when none are asked for.
-DEFAULT_SHAPES: Mapping[str, tuple[str, ...]] = {"lookup": tuple(SHAPES), "step": ("SINGLE", "MULTI")}
+DEFAULT_SHAPES: Mapping[str, tuple[str, ...]] = {
+    "lookup": tuple(SHAPES),
+    "quantize": ("SINGLE",),
+    "step": ("SINGLE", "MULTI"),
+}
 DISTRIBUTIONS = ("uniform", "zipf")
 THREADS = ("1", "all")
 
-# Together they end in two minutes on two cores: few shapes, and tables that are beyond a cache but soon made.
-QUICK_SHAPES = ("SINGLE", "MULTI")
+# A quick run ends in two minutes on two cores: few cases, and tables that are beyond a cache but soon made.
+QUICK_SHAPES: Mapping[str, tuple[str, ...]] = {**DEFAULT_SHAPES, "lookup": ("SINGLE", "MULTI")}
+QUICK_DISTRIBUTIONS = ("zipf",)
 QUICK_ROWS = 100_000
 QUICK_SECONDS = 0.3
 QUICK_OPTIMIZERS = ("RowWiseAdagrad",)
 QUICK_STEP_FORMATS = ("fp32",)
-# After so many seconds a quick run begins nothing more, and tells what it left out: the machine may be slow, or busy.
-QUICK_LAST_START = 100.0
+# After so many seconds it ends what it does, and tells what it left out: the machine may be slow, or busy. Tables and
+# picture take a few more.
+QUICK_END = 112.0
 
 
 # Tables of a step have no more rows: with the two numbers of Adam's state for every element, three sides of a million
@@ -87,7 +93,7 @@ class Arguments:
     def chosen(cls, quick: bool, given: Mapping[str, Any]) -> Arguments:
         """Those that are given, and else the defaults, which are others for a quick run."""
         quickly = {
-            "shapes": QUICK_SHAPES,
+            "distributions": QUICK_DISTRIBUTIONS,
             "optimizers": QUICK_OPTIMIZERS,
             "threads": ("all",),
             "seconds": QUICK_SECONDS,
@@ -97,7 +103,7 @@ class Arguments:
 
     def shapes_of(self, family: str) -> tuple[str, ...]:
         """The shapes of a family."""
-        return self.shapes or DEFAULT_SHAPES[family]
+        return self.shapes or (QUICK_SHAPES if self.quick else DEFAULT_SHAPES)[family]
 
     def formats_of(self, family: str) -> tuple[str, ...]:
         """The row formats of a family.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dlrm_rs
-from dlrm_rs.bench.arguments import Arguments
+from dlrm_rs.bench.arguments import FORMATS, Arguments
 from dlrm_rs.bench.rows import row_bytes
 from dlrm_rs.data.synthetic import SHAPES, Shape
 from dlrm_rs.data.zipf import scatter, zipf_ranks
@@ -73,6 +73,22 @@ def cases(name: str, arguments: Arguments, family: str = "lookup") -> list[Case]
     of_shape = shape.batch_sizes[-1:] if family == "step" else shape.batch_sizes
     batch_sizes = arguments.batches or of_shape
     return [Case(*case) for case in product(batch_sizes, wanted, arguments.thread_counts())]
+
+
+def not_there(arguments: Arguments) -> Iterator[str]:
+    """What is asked for and cannot be timed, in words.
+
+    Example:
+        >>> list(not_there(Arguments(families=("lookup", "quantize"), shapes=("GIANT",), distributions=("zipf",))))
+        ['lookup GIANT: there are no zipf ids']
+    """
+    for family in arguments.families:
+        unknown = [name for name in arguments.formats if name not in FORMATS[family]]
+        if unknown:
+            yield f"{family}: expected row formats of {', '.join(FORMATS[family])}, got {', '.join(unknown)}"
+        for name in arguments.shapes_of(family):
+            if family != "quantize" and not cases(name, arguments, family):
+                yield f"{family} {name}: there are no {' or '.join(arguments.distributions)} ids"
 
 
 def capped(name: str, rows: int | None) -> Shape:

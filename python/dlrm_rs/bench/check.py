@@ -114,10 +114,11 @@ def _tolerance(largest: Sequence[float], wanted: Sequence[NDArray[np.float64]]) 
 
 def _moves(reference: Reference, ids: Tensor, gradient: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The rows that bags `ids`, `(B, ids per bag)`, touch, and their moves, from the gradient of the bags, `(B, D)`."""
-    touched, place = ids.unique(return_inverse=True)
-    sums = gradient.new_zeros(len(touched), gradient.shape[1])
-    sums.index_add_(0, place.view(-1), gradient.repeat_interleave(ids.shape[1], dim=0))
-    return touched.numpy(), reference.moves(touched, sums).numpy()
+    ordered, order = ids.view(-1).sort(stable=True)
+    touched, counts = ordered.unique_consecutive(return_counts=True)
+    of_ids = gradient[order // ids.shape[1]].numpy()  # (B * ids per bag, D)
+    sums = np.add.reduceat(of_ids, (counts.cumsum(0) - counts).numpy(), axis=0)
+    return touched.numpy(), reference.moves(touched, torch.from_numpy(sums)).numpy()
 
 
 def check_rows(

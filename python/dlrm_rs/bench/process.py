@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -36,14 +37,19 @@ class Worker:
         self._environment = environment
         self._executor: ProcessPoolExecutor | None = None
 
-    def run(self, job: Job) -> list[Measurement]:
+    def run(self, job: Job, seconds: float) -> list[Measurement]:
         """Let the process do a job.
 
+        Args:
+            job: The job.
+            seconds: After which it is ended.
+
         Raises:
-            ProcessEndedError: It ended.
+            TimeoutError: It was not done in time.
+            ProcessEndedError: The process ended.
         """
         try:
-            return self._started().submit(job.run).result()
+            return self._started().submit(_run_within, job, seconds).result()
         except BrokenProcessPool as error:
             self.close()
             raise ProcessEndedError(
@@ -67,6 +73,20 @@ class Worker:
             with _variables(self._environment):
                 self._executor.submit(int).result()  # the process starts with the first job
         return self._executor
+
+
+def _run_within(job: Job, seconds: float) -> list[Measurement]:
+    """Run a job in the main thread, where a timer's signal ends it between two calls."""
+    signal.signal(signal.SIGALRM, _end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return job.run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _end(_number: int, _frame: object) -> None:
+    raise TimeoutError
 
 
 def _missing_peers() -> dict[str, str]:

@@ -26,7 +26,7 @@ Pack = Callable[[Tensor], Tensor]
 # How often all tables are quantized: ours are made anew every time, as they are quantized in place.
 REPETITIONS = 5
 
-# Rows of every side that are checked, spread over the first table.
+# Rows of every side that are checked, spread over a table as large as the largest.
 SAMPLES = 1000
 
 
@@ -61,7 +61,7 @@ class QuantizeJob:
             MemoryError: The tables cannot be allocated.
         """
         shape, rows = capped(self.shape, self.rows), Rows()
-        weight = torch.empty(shape.num_embeddings[0], shape.embedding_dim)
+        weight = torch.empty(max(shape.num_embeddings), shape.embedding_dim)
         rows.fill(0, weight)
         packs = _packs(self.row_format, fbgemm=any(peer.startswith("FBGEMM") for peer in self.peers))
         self._check(packs, weight, rows)
