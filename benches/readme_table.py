@@ -68,7 +68,7 @@ def caption(record: Record, source: str) -> str:
     return (
         f"The best peer's time over that of dlrm_rs (above 1: dlrm_rs is faster), medians, {threads} threads{rows}; "
         f"both at their best use and environment, in turn in one process. `dlrm-rs bench`, "
-        f"{machine['time'][:10]}, {machine['processor']} ({machine['simd']}), "
+        f"{machine['time'][:10]}, {machine['processor']}, {machine['simd']}, "
         f"{machine['cores']} cores ({_other_work(machine)}), {machine['memory_bytes'] / 2**30:.0f} GiB; "
         f"torch {machine['torch']}, FBGEMM {fbgemm or 'not installed'}, "
         f"commit {(machine['commit'] or 'unknown')[:12]}; `{source}` has the rest."

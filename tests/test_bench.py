@@ -437,7 +437,7 @@ def test_the_readme_gets_its_table_from_a_record(record: Record, tmp_path: Path)
     assert "| SINGLE | 16 | uniform | 0.50 (fast) |" in lines
     assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", begin, end, "after")
     assert "old" not in lines
-    assert "2000-01-02, a processor (scalar), 2 cores (1% busy with other work), 3 GiB; torch 2, " in written
+    assert "2000-01-02, a processor, scalar, 2 cores (1% busy with other work), 3 GiB; torch 2, " in written
     assert "FBGEMM not installed, commit unknown" in written
     assert readme(record, written, tmp_path)[1] == written
     ours = (Path(__file__).parents[1] / "README.md").read_text()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -47,12 +47,11 @@ def check_side(side: Side, batch: IdBatch, rows: Rows, row_format: str) -> None:
         check_rows(side.name, table, picked.reshape(-1), stored, rows, row_format)
         wanted.append(stored.reshape(*picked.shape, -1).sum(axis=1))
     expected = np.concatenate(wanted, axis=1)
-    dtype = pooled_dtype(row_format)
+    dtypes = {torch.float32, pooled_dtype(row_format)}
     tolerance = _tolerance([ids.shape[1] for ids, _ in batch.tables], wanted)
-    tolerance = tolerance + torch.finfo(dtype).eps / 2 * np.abs(expected)
     for use, call in side.calls(batch).items():
         output = side.pooled(call())
-        check_output(f"{side.name} ({use})", output, dtype, batch.batch_size, samples, expected, tolerance)
+        check_output(f"{side.name} ({use})", output, dtypes, batch.batch_size, samples, expected, tolerance)
 
 
 def check_training(
@@ -90,7 +89,7 @@ def _check_use(side: Side, use: str, batches: Sequence[IdBatch], rows: Rows, row
         wanted = [stored[t][ids[t]].sum(axis=1) for t in tables]
         tolerance = _tolerance([np.abs(stored[t]).max() * ids[t].shape[1] for t in tables], wanted)
         output = side.pooled(side.calls(batch)[use]())
-        check_output(name, output, torch.float32, B, np.arange(B), np.concatenate(wanted, axis=1), tolerance)
+        check_output(name, output, {torch.float32}, B, np.arange(B), np.concatenate(wanted, axis=1), tolerance)
         for t in tables:
             touched, moves = _moves(references[t], batch.tables[t][0], gradient_of[t])
             stored[t][touched] += moves
@@ -143,7 +142,7 @@ def check_rows(
 def check_output(
     name: str,
     output: Tensor,
-    dtype: torch.dtype,
+    dtypes: Collection[torch.dtype],
     batch_size: int,
     samples: NDArray[np.int64],
     expected: NDArray[np.float64],
@@ -154,19 +153,21 @@ def check_output(
     Args:
         name: Whose output it is, for messages.
         output: `(B, W)`.
-        dtype: Which it must have.
+        dtypes: Of which it must have one.
         batch_size: `B`.
         samples: Which are checked.
         expected: `(len(samples), W)`.
-        tolerance: By how much an element may be off: for every column, `(W,)`, or every element of `expected`.
+        tolerance: By how much an element of a column may be off before it is rounded to its dtype, `(W,)`.
 
     Raises:
         WrongOutputError: An element is further off, or the output has another shape or dtype.
     """
     shape = (batch_size, expected.shape[1])
-    if tuple(output.shape) != shape or output.dtype != dtype:
-        raise WrongOutputError(f"{name}: expected {shape} of {dtype}, got {tuple(output.shape)} of {output.dtype}")
-    _compare(name, output[torch.from_numpy(samples)].double().numpy(), expected, tolerance)
+    if tuple(output.shape) != shape or output.dtype not in dtypes:
+        words = " or ".join(sorted(map(str, dtypes)))
+        raise WrongOutputError(f"{name}: expected {shape} of {words}, got {tuple(output.shape)} of {output.dtype}")
+    rounded = torch.finfo(output.dtype).eps / 2 * np.abs(expected)
+    _compare(name, output[torch.from_numpy(samples)].double().numpy(), expected, tolerance + rounded)
 
 
 def _compare(

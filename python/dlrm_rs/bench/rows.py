@@ -63,7 +63,9 @@ def row_bytes(row_format: str, dim: int) -> int:
 
 
 def pooled_dtype(row_format: str) -> torch.dtype:
-    """The dtype of all sides' outputs in lookups: the rows' own, as `nn.EmbeddingBag` has no other; of codes float32.
+    """The dtype of outputs in lookups: the rows' own, as `nn.EmbeddingBag` has no other; of codes float32.
+
+    A peer that is faster with float32 gives that: see `sides/fbgemm_training.py`.
 
     Example:
         >>> pooled_dtype("bf16"), pooled_dtype("int8")

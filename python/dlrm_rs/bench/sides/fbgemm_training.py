@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlrm_rs.bench.cases import IdBatch
 from dlrm_rs.bench.optimizers import EPS, LR, upstream_gradient
-from dlrm_rs.bench.rows import Rows, pooled_dtype
+from dlrm_rs.bench.rows import Rows
 from dlrm_rs.bench.sides.fbgemm_cpu import tell_instructions
 from dlrm_rs.data.synthetic import Shape
 from dlrm_rs.row_formats import TORCH_DTYPES
@@ -34,20 +34,17 @@ class FbgemmForward:
         row_format: "fp32" or "fp16".
         shape: The tables' sizes.
         rows: What they hold.
-        output_dtype: Of the output; None for that of lookups.
         settings: Further ones.
     """
 
     name = "FBGEMM TBE"
 
-    def __init__(
-        self, row_format: str, shape: Shape, rows: Rows, output_dtype: torch.dtype | None = None, **settings: Any
-    ) -> None:
+    def __init__(self, row_format: str, shape: Shape, rows: Rows, **settings: Any) -> None:
         tell_instructions()
         self._tables = SplitTableBatchedEmbeddingBagsCodegen(
             [(N, shape.embedding_dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for N in shape.num_embeddings],
             weights_precision=SparseType.from_dtype(TORCH_DTYPES[row_format]),
-            output_dtype=SparseType.from_dtype(output_dtype or pooled_dtype(row_format)),
+            output_dtype=SparseType.FP32,  # with fp16 rows and an output of their dtype it takes several times as long
             pooling_mode=PoolingMode.SUM,
             bounds_check_mode=BoundsCheckMode.NONE,
             device=torch.device("cpu"),
@@ -81,8 +78,7 @@ class FbgemmTraining(FbgemmForward):
     """
 
     def __init__(self, row_format: str, optimizer: str, shape: Shape, rows: Rows) -> None:
-        trained = {"optimizer": _OPTIMIZERS[optimizer], "learning_rate": LR, "eps": EPS}
-        super().__init__(row_format, shape, rows, torch.float32, **trained)
+        super().__init__(row_format, shape, rows, optimizer=_OPTIMIZERS[optimizer], learning_rate=LR, eps=EPS)
         self._width = len(shape.num_embeddings) * shape.embedding_dim
 
     def calls(self, batch: IdBatch) -> dict[str, Callable[[], object]]:
