@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use crate::bags::{Bags, Id, with_ids};
 use crate::disjoint::Disjoint;
 use crate::kernels::LANES;
-use crate::kernels::pool::{Pool, ahead};
+use crate::kernels::pool::{Pool, ahead, is_near};
 use crate::own_bags::OwnBags;
 use crate::per_feature::PerFeature;
 use crate::pieces::{self, Size};
@@ -214,6 +214,7 @@ impl<'a> Lookup<'a> {
         let Feature { table, pooling, padding } = self.set.features[feature];
         let all = Pool {
             ahead: ahead(row_lines),
+            near: is_near(rows.bytes(0).1 * self.set.specs[table].rows),
             rows,
             ids: bags.ids,
             bags,

@@ -1,15 +1,16 @@
 //! A call cut into pieces of about equal work, for the threads to take.
 //!
 //! Work is counted in cache lines, not in bags or tables: a piece is a run of one feature's units (bags, or ids where
-//! nothing is pooled) that touches about [`PIECE_LINES`] lines.
+//! nothing is pooled) that touches about so many lines as [`piece_lines`] says.
 
 use std::ops::Range;
 
 use crate::per_feature::PerFeature;
 use crate::{Context, Result, threads};
 
-/// Cache lines of a piece: 256 KB, some ten microseconds of memory traffic.
-const PIECE_LINES: usize = 4096;
+/// Cache lines of a piece: 512 KB, some tens of microseconds of memory traffic, as every piece begins by waiting for its first
+/// rows. Fewer, but not many, where the threads would have less than two each.
+const PIECE_LINES: std::ops::RangeInclusive<usize> = 2048..=8192;
 
 /// The size of one feature's work.
 #[derive(Clone, Copy, Debug)]
@@ -26,24 +27,29 @@ pub(crate) fn for_each(
     sizes: &[Size],
     run: impl Fn(usize, Range<usize>) + Sync,
 ) -> Result<()> {
+    let lines = sizes.iter().map(|size| size.lines).sum();
+    let piece_lines = piece_lines(lines, ctx.threads);
     let mut ends = PerFeature::with_capacity(sizes.len());
     let mut end = 0;
     for size in sizes {
-        end += count(*size);
+        end += count(*size, piece_lines);
         ends.push(end);
     }
-    let lines = sizes.iter().map(|size| size.lines).sum();
     threads::for_each(ctx, end, lines, |piece| {
         let feature = ends.partition_point(|&end| end <= piece);
         let size = sizes[feature];
-        let pieces = count(size);
+        let pieces = count(size, piece_lines);
         let nth = piece - (ends[feature] - pieces);
         run(feature, cut(size.units, pieces, nth)..cut(size.units, pieces, nth + 1));
     })
 }
 
-fn count(size: Size) -> usize {
-    size.lines.div_ceil(PIECE_LINES).clamp(size.units.min(1), size.units)
+fn piece_lines(lines: usize, threads: usize) -> usize {
+    (lines / (2 * threads)).clamp(*PIECE_LINES.start(), *PIECE_LINES.end())
+}
+
+fn count(size: Size, piece_lines: usize) -> usize {
+    size.lines.div_ceil(piece_lines).clamp(size.units.min(1), size.units)
 }
 
 /// Where the `nth` of `pieces` begins.

@@ -40,6 +40,12 @@ pub(crate) fn ahead(row_lines: usize) -> usize {
     (64 / row_lines).max(16)
 }
 
+/// Whether a table of so many bytes is in the first cache by itself, and prefetches from it only cost: a fifth of a sum of many
+/// of its rows (`benches/record/2026-11-30-avx2.md`).
+pub(crate) fn is_near(table_bytes: usize) -> bool {
+    table_bytes <= 32 << 10
+}
+
 /// Bags whose bounds are looked up at once.
 const GROUP: usize = 64;
 
@@ -57,6 +63,8 @@ pub(crate) struct Pool<'a, R> {
     pub(crate) units: Range<usize>,
     /// How many rows are prefetched ahead: see [`ahead`].
     pub(crate) ahead: usize,
+    /// Whether none are: see [`is_near`].
+    pub(crate) near: bool,
     pub(crate) slot: Slot<'a>,
     pub(crate) out: &'a Outputs<'a>,
     pub(crate) argmax: Option<&'a Disjoint<'a, f32>>,
@@ -67,7 +75,7 @@ impl<R: Rows> Kernel for Pool<'_, R> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let end = self.positions().end;
+        let end = if self.near { 0 } else { self.positions().end };
         match self.pooling {
             Pooling::None => self.each(simd, end),
             Pooling::Max => self.bags_by(simd, Max, end),
@@ -79,7 +87,7 @@ impl<R: Rows> Kernel for Pool<'_, R> {
 
 /// How a bag becomes a row.
 trait Mode: Copy {
-    /// Pools the ids at `bag` into `out`, the row of `unit`; `end` is where the ids of the piece end.
+    /// Pools the ids at `bag` into `out`, the row of `unit`; `end` is where the ids end that are prefetched.
     fn pool<S: Simd, R: Rows>(
         &self,
         simd: S,
@@ -306,7 +314,7 @@ struct Sum<R, A> {
 
 /// How the rows of a bag are added.
 trait Adding: Copy {
-    /// Adds the rows of a bag to `sum`; `end` is where the ids of the piece end.
+    /// Adds the rows of a bag to `sum`; `end` is where the ids end that are prefetched.
     fn add<S: Simd, R: Rows, P: Rows>(
         simd: S,
         of: &Pool<P>,

@@ -7,7 +7,7 @@
 //! ```
 //! The time of this is the time of the memory: no lookup of the same rows in the same order can take less.
 
-use super::pool::ahead;
+use super::pool::{ahead, is_near};
 use super::{Kernel, Simd};
 use crate::bags::Id;
 
@@ -63,10 +63,11 @@ impl<I: Id> Touch<'_, I> {
             }
         };
         let ahead = ahead(self.row_bytes.div_ceil(LINE));
-        self.ids.iter().take(ahead).for_each(prefetch);
+        let prefetched = if is_near(self.elements.len()) { &[] } else { self.ids };
+        prefetched.iter().take(ahead).for_each(prefetch);
         let mut sum = 0;
         for (position, id) in self.ids.iter().enumerate() {
-            if let Some(next) = self.ids.get(position + ahead) {
+            if let Some(next) = prefetched.get(position + ahead) {
                 prefetch(next);
             }
             let row = id.row() as usize;
