@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import sys
+import threading
 import weakref
 from typing import Any
 
@@ -153,7 +155,8 @@ def test_dropped_gradients_move_nothing(drop: str) -> None:
     elif drop == "module":
         module.zero_grad()
     else:
-        module.weight.grad = None
+        for parameter in module.parameters():
+            parameter.grad = None
     optimizer.step()
     assert torch.equal(module.weight, before)
     module(torch.tensor([[2]])).sum().backward()
@@ -374,18 +377,127 @@ def test_a_grad_scaler_skips_sums_that_may_not_be_finite() -> None:
     assert not moved(module)
 
 
-def test_clipping_of_other_gradients_reaches_none_that_wait() -> None:
+@pytest.mark.parametrize("backwards", [1, 3])
+def test_clipping_reaches_no_gradients_that_wait(backwards: int) -> None:
     module, optimizer = of_zeros()
     dense = torch.nn.Linear(5, 1)
-    dense(module(torch.tensor([[1]]))).sum().backward()
-    expected = -dense.weight.detach()[0, 0]
-    torch.nn.utils.clip_grad_norm_([*dense.parameters(), optimizer.gate], 1e-3)  # type: ignore[list-item]
-    optimizer.zero_grad()
-    dense(module(torch.tensor([[1]]))).sum().backward()
-    torch.nn.utils.clip_grad_norm_(dense.parameters(), 1e-3)
-    module.weight.grad.mul_(0.1)  # type: ignore[union-attr]
+    for _ in range(backwards):
+        dense(module(torch.tensor([[1]]))).sum().backward()
+    for parameters in ([*module.parameters(), *dense.parameters()], optimizer.param_groups[0]["params"]):
+        torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+        torch.nn.utils.clip_grad_value_(parameters, 1e-3)
     optimizer.step()
-    assert moved(module) == {1: float(expected)}
+    assert moved(module) == {1: pytest.approx(-backwards * float(dense.weight.detach()[0, 0]))}
+
+
+@pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.SGD])
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_another_optimizer_over_all_parameters_does_nothing_to_tables(row_format: str, other: Any) -> None:
+    module, optimizer = of_zeros(row_format)
+    dense = other(module.parameters(), lr=0.1)
+    for _ in range(3):
+        dense.zero_grad()
+        module(torch.tensor([[1]])).sum().backward()
+        dense.step()
+        optimizer.step()
+    assert moved(module) == {1: -3}
+
+
+def test_gradients_of_a_weight_of_its_own_do_not_keep_those_that_wait() -> None:
+    module, optimizer = of_zeros()
+    for _ in range(3):
+        module.zero_grad()
+        (module(torch.tensor([[1]])).sum() + 0 * module.weight.square().sum()).backward()
+        optimizer.step()
+    assert moved(module) == {1: -3}
+
+
+@pytest.mark.parametrize("change", ["assign", "quantize", "freeze"])
+def test_gradients_are_dropped_after_parameters_have_changed(change: str) -> None:
+    tables = [dlrm_rs.EmbeddingBagConfig(f"t{i}", 4, 3, [f"f{i}"], init_fn=torch.nn.init.zeros_) for i in range(2)]
+    module = dlrm_rs.EmbeddingBagCollection(tables, optimizer=SGD(lr=1.0, update="step"))
+    dense = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
+    bags = torch.tensor([1, 2]), torch.tensor([0, 1, 2])
+    if change == "freeze":
+        module.embedding_bags["t0"].weight.requires_grad_(False)
+        dense = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
+    for step in range(4):
+        if step == 2 and change == "assign":
+            module.load_state_dict({name: rows.clone() for name, rows in module.state_dict().items()}, assign=True)
+        if step == 2 and change == "quantize":
+            dlrm_rs.quantize(module, "int8")
+        dense.zero_grad()
+        module.lookup(*bags).sum().backward()
+        assert module.fused_optimizer is not None
+        module.fused_optimizer.step()
+    assert module.lookup(*bags).detach()[0, 3:].tolist() == [-4] * 3
+
+
+def test_backwards_of_several_threads_wait_together() -> None:
+    module, optimizer = of_zeros()
+
+    def backwards() -> None:
+        for _ in range(50):
+            module(torch.tensor([[1]])).sum().backward()
+
+    threads = [threading.Thread(target=backwards) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    optimizer.step()
+    assert moved(module) == {1: -200}
+
+
+def test_a_grad_scaler_does_not_look_at_what_has_been_dropped() -> None:
+    module, optimizer = of_zeros()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(module(torch.tensor([[1]])).sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    module.zero_grad()
+    with pytest.raises(AssertionError, match="No inf checks were recorded"):  # torch's, as of other optimizers
+        scaler.step(optimizer)
+    assert scaler.get_scale() == 512
+
+
+def test_a_step_in_a_hook_of_backward_applies_its_gradients() -> None:
+    module, optimizer = of_zeros()
+
+    def step(_: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert optimizer.gate is not None
+    optimizer.gate.register_post_accumulate_grad_hook(step)
+    for row in (1, 2):
+        module(torch.tensor([[row]])).sum().backward()
+    assert moved(module) == {1: -1, 2: -1}
+
+
+def test_a_gate_of_zero_makes_gradients_zero() -> None:
+    module, optimizer = of_zeros()
+    module(torch.tensor([[1]])).sum().backward()
+    optimizer.gate.grad.mul_(0)  # type: ignore[union-attr]
+    optimizer.step()
+    optimizer.step()
+    assert not moved(module)
+
+
+def test_gates_are_of_single_precision_whatever_the_default() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        _, optimizer = of_zeros()
+    finally:
+        torch.set_default_dtype(before)
+    assert optimizer.gate is not None
+    assert optimizer.gate.dtype is torch.float32
 
 
 def test_what_multiplies_the_gate_multiplies_what_has_come_so_far() -> None:
@@ -455,7 +567,7 @@ def test_what_waits_is_counted() -> None:
     for calls in (1, 2):
         module(torch.tensor([[1, 1]])).sum().backward()
         assert optimizer.waiting_bytes() == calls * (2 * 8 + 5 * 4)
-    optimizer.zero_grad()
+    module.zero_grad()
     assert optimizer.waiting_bytes() == 0
 
 

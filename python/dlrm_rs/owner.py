@@ -17,7 +17,7 @@ from dlrm_rs.buffers import PARTS
 from dlrm_rs.hot_rows import HOT_PARTS, check_hot_rows
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
 from dlrm_rs.row_formats import QUANTIZED
-from dlrm_rs.tables import MARKED, STAND_IN, EmbeddingTables, FeatureSpec, TableSpec
+from dlrm_rs.tables import MARK, STAND_IN, EmbeddingTables, FeatureSpec, TableSpec
 
 __all__ = ["HoldsWeight", "OwnsTable", "OwnsTables", "single_table"]
 
@@ -177,7 +177,7 @@ class HoldsWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in (STAND_IN, MARKED):
+        for name in (STAND_IN, MARK):
             destination.pop(f"{prefix}{name}", None)
         if self._tables.row_formats[self._table] in QUANTIZED:
             parts = self._tables.packed_state(self._table)
@@ -213,7 +213,7 @@ class HoldsWeight(nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-            added = [f"{prefix}{name}" for name in (STAND_IN, MARKED)]
+            added = [f"{prefix}{name}" for name in (STAND_IN, MARK)]
             missing_keys[:] = [key for key in missing_keys if key not in added]
 
     def _load_parts(self, prefix: str, parts: dict[str, Any], error_msgs: list[str]) -> None:

@@ -32,12 +32,13 @@ from dlrm_rs.hot_rows import HOT_PARTS, hot_ways, without_marks
 from dlrm_rs.layout import FeatureSpec, Layout, TableSpec
 from dlrm_rs.memory import NO_WEIGHT, Layouts, Memory, layouts_of, tensors
 from dlrm_rs.optim import FusedOptimizer, OptimizerSpec
+from dlrm_rs.optim.waiting import new_mark
 from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_tensor
 
 if TYPE_CHECKING:
     from dlrm_rs.operators.sharing import Sharing
 
-__all__ = ["MARKED", "STAND_IN", "Displaced", "EmbeddingTables", "FeatureSpec", "TableSpec"]
+__all__ = ["MARK", "STAND_IN", "Displaced", "EmbeddingTables", "FeatureSpec", "TableSpec"]
 
 
 class Displaced(NamedTuple):
@@ -57,8 +58,8 @@ _OWNERS: weakref.WeakValueDictionary[int, EmbeddingTables] = weakref.WeakValueDi
 # tells whether the rows are trained, ties a lookup to its backward, and is what the optimizer has its state under.
 STAND_IN = "weight_stand_in"
 
-# The Parameter of an owner that has the mark of gradients that wait, where no weight can have it.
-MARKED = "weight_mark"
+# The Parameter of the first owner that tells whether gradients that wait have been dropped.
+MARK = "weight_mark"
 
 # Every set of tables by its key.
 _TABLES: weakref.WeakValueDictionary[int, EmbeddingTables] = weakref.WeakValueDictionary()
@@ -171,7 +172,8 @@ class EmbeddingTables:
         if optimizer:
             names = [table.name for table in tables]
             self.optimizer = FusedOptimizer(optimizer, names, weights, self._states(self.memory))
-            self._find_slots(())
+            if self.optimizer.gate is not None:
+                self.mark()  # an optimizer that is made of the module's Parameters is to have it
 
     @classmethod
     def find(cls, key: Tensor) -> EmbeddingTables | None:
@@ -229,18 +231,12 @@ class EmbeddingTables:
         """What ties lookups of every table into a graph of autograd: `weights()`, wherever they are."""
         return [slot["weight"] for slot in self._slots]  # type: ignore[misc] # none is None
 
-    def marked(self) -> nn.Parameter:
-        """The Parameter that has the mark of gradients that wait (see `FusedOptimizer`).
-
-        A weight, but none of float16, gradients in which a `GradScaler` refuses: if there is no other, one is added.
-        """
-        for weight in self.tied():
-            if weight.numel() and weight.dtype is not torch.float16:
-                return weight
+    def mark(self) -> nn.Parameter:
+        """The Parameter that tells whether gradients that wait have been dropped (see `FusedOptimizer`)."""
         parameters = self._parameters[0]
-        if MARKED not in parameters:
-            parameters[MARKED] = nn.Parameter(torch.zeros(1, device="cpu"))
-        return parameters[MARKED]  # type: ignore[return-value] # it is there
+        if MARK not in parameters:
+            parameters[MARK] = new_mark()
+        return parameters[MARK]  # type: ignore[return-value] # it is there
 
     def _present(self) -> tuple[list[nn.Parameter], Layouts]:
         try:
@@ -258,8 +254,6 @@ class EmbeddingTables:
             self._slots[table] = self._slot(table)
         # Where all rows are codes, no weight is over the engine's memory, and none is to be looked at before each use.
         self._fixed = self.tied() if all(name in QUANTIZED for name in self.row_formats) else None
-        if self.optimizer is not None and self.optimizer.gate is not None:
-            self.marked()  # an optimizer that is made of the module's Parameters is to have it
 
     def _slot(self, table: int) -> dict[str, nn.Parameter | None]:
         """Where to find the weight of a table; of a quantized one, what stands in for it, made where it is needed."""

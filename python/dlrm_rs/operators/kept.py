@@ -6,7 +6,6 @@ batch of all samples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch.autograd.graph import increment_version
 
 from dlrm_rs.operators import calls
 from dlrm_rs.optim import FusedOptimizer
+from dlrm_rs.optim.waiting import Waiting
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = ["KeptCall", "keep", "merged"]
@@ -103,8 +103,8 @@ def keep(optimizer: FusedOptimizer, call: KeptCall) -> Tensor:
     sums_are_finite = calls.sums_are_finite(call.grad, call.per_sample_weights, call.bags[0].numel())
     finite = calls.agree(call.tables, sums_are_finite)
     optimizer.refuse(finite)
-    optimizer.keep(call, call.tables.marked())
-    return torch.tensor(1.0 if finite else math.inf, device="cpu")
+    optimizer.keep(call, call.tables.mark())
+    return Waiting.token(finite)
 
 
 def merged(kept: Sequence[tuple[KeptCall, float]]) -> tuple[KeptCall, float]:

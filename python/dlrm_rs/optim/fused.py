@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_rs.optim.specs import OptimizerSpec
-from dlrm_rs.optim.waiting import Waiting
+from dlrm_rs.optim.waiting import Waiting, new_gate
 
 __all__ = ["FusedOptimizer"]
 
@@ -27,11 +27,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     nothing in their place. A module makes it; there is no need to.
 
     Where rows move in `step()`, the gate, one more Parameter at the end of the last group, stands for the gradients
-    that wait: `torch.amp.GradScaler` unscales them by it, and skips the step where they are not finite. A weight of
-    the module has a sparse gradient of one row of zeros then, the mark: without it `step()` has nothing to do, as
-    torch's optimizers, so that `zero_grad()` of the model or of another optimizer drops the gradients, too. Nothing
-    else that is done to the weights' gradients reaches them, `torch.nn.utils.clip_grad_norm_` included. A checkpoint
-    has neither, nor has a copy of the module any of the gradients that wait.
+    that wait: `torch.amp.GradScaler` unscales them by it, and skips the step where they are not finite. A Parameter of
+    the module, `weight_mark`, has a gradient then, the mark: without it `step()` has nothing to do, as torch's
+    optimizers, so that `zero_grad()` of the model or of another optimizer drops the gradients, too. Nothing else that
+    is done to gradients reaches them, `torch.nn.utils.clip_grad_norm_` included. A checkpoint has neither, nor has a
+    copy of the module any of the gradients that wait.
 
     Args:
         spec: The optimizer and where it starts.
@@ -63,7 +63,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = [{"params": [weights[t] for t in rest], "tables": rest}] if rest else []
         groups += [{"params": [weights[t]], "tables": [t], "lr": float(spec.table_lr[names[t]])} for t in own]
         if spec.update == "step":
-            groups[-1]["params"].append(nn.Parameter(torch.zeros((), device="cpu")))
+            groups[-1]["params"].append(new_gate())
         # The algorithm goes along into the groups, and so into checkpoints, which another algorithm then refuses.
         super().__init__(groups, {"algorithm": spec.algorithm, **spec.hyperparameters(), "step": 0})
         self._groups_are_made = True
@@ -143,13 +143,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Bytes of what waits for `step()`: ids, weights of ids and gradients of every backward since `zero_grad()`."""
         return 0 if self._waiting is None else self._waiting.bytes()
 
-    def keep(self, call: Any, marked: Tensor) -> None:
-        """Let a call, a `KeptCall`, wait for `step()`; `marked` is the weight to have the mark."""
+    def keep(self, call: Any, mark: nn.Parameter) -> None:
+        """Let a call, a `KeptCall`, wait for `step()`.
+
+        Args:
+            call: The call.
+            mark: The Parameter of the module that tells whether its gradients have been dropped.
+        """
         gate = self.gate
         assert gate is not None  # by which the call came here
         if self._waiting is None or self._waiting.gate is not gate:
-            self._waiting = Waiting(gate)
-        self._waiting.keep(call, marked)
+            self._waiting = Waiting(gate, mark)
+        self._waiting.keep(call)
 
     @property
     def update_at(self) -> str:
@@ -177,6 +182,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: Rows have moved in backward already, by the gradients of the scaled loss.
         """
+        if self._waiting is not None:
+            self._waiting.catch_up()  # lest the scaler looks at what has been dropped
         if self.update_at == "backward":
             raise RuntimeError(
                 "GradScaler: expected a fused optimizer with update='step', got update='backward', where rows move in "
