@@ -17,6 +17,9 @@ from dlrm_rs.bench.record import Comparison, Record, comparisons, load_record
 BEGIN = "<!-- comparison: written by benches/readme_table.py -->"
 END = "<!-- comparison ends -->"
 
+# The use of a peer that has all tables in one, and their outputs one upon another.
+STACKED = "stacked"
+
 
 def tables(record: Record) -> str:
     """Lookups, and then training steps by their optimizer, on the most threads; a family that has none is left out."""
@@ -27,10 +30,13 @@ def tables(record: Record) -> str:
 def _table(record: Record, family: str) -> str:
     """For every case and row format the best peer's time over ours, lost or won."""
     threads = max(record.arguments.thread_counts())
-    of_run = [c for c in comparisons(record.measurements) if (c.ours.family, c.ours.threads) == (family, threads)]
+    of_run = [m for m in record.measurements if (m.family, m.threads) == (family, threads)]
     if not of_run:
         return ""
-    cells = {(_case(c), c.ours.row_format): _cell(c) for c in of_run}
+    cells = {(_case(c), c.ours.row_format): _cell(c) for c in comparisons([m for m in of_run if m.use != STACKED])}
+    for c in comparisons(of_run):
+        if c.peers and c.peers[0].peer.use == STACKED:
+            cells[_case(c), c.ours.row_format] += f"; {c.peers[0].ratio:.2f} stacked"
     formats = list(dict.fromkeys(row_format for _, row_format in cells))
     headings = ["shape", "batch", "ids", *(["optimizer"] if family == "step" else [])]
     lines = [_line([*headings, *formats]), _line(["---"] * (len(headings) + len(formats)))]
@@ -67,7 +73,8 @@ def caption(record: Record, source: str) -> str:
     )
     return (
         f"The best peer's time over that of dlrm_rs (above 1: dlrm_rs is faster), medians, {threads} threads{rows}; "
-        f"both at their best use and environment, in turn in one process. `dlrm-rs bench`, "
+        "both at their best use and environment, in turn in one process. Where torch is faster with the tables "
+        "stacked, all in one and their outputs one upon another, that ratio is told as well. `dlrm-rs bench`, "
         f"{machine['time'][:10]}, {machine['processor']}, {machine['simd']}, "
         f"{machine['cores']} cores ({_other_work(machine)}), {machine['memory_bytes'] / 2**30:.0f} GiB; "
         f"torch {machine['torch']}, FBGEMM {fbgemm or 'not installed'}, "

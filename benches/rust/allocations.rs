@@ -1,12 +1,14 @@
-//! How often a lookup allocates: counted, not timed. Nothing may be allocated for an id or a bag.
+//! How often a lookup allocates, and how much an update takes: counted, not timed. A lookup may allocate nothing for an id or
+//! a bag, and an update nothing for the rows of a table.
 
 #![expect(unsafe_code, reason = "an allocator that counts")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use dlrm_benches::{Sizes, Workload};
-use dlrm_core::{Context, RowFormat};
+use dlrm_benches::{Sizes, Workload, optimizer};
+use dlrm_core::optimizers::Kind;
+use dlrm_core::{Context, Result, RowFormat};
 
 /// Calls that are counted, after as many that are not.
 const CALLS: usize = 100;
@@ -56,6 +58,10 @@ fn main() {
             }
         }
     }
+    println!("\nscratch of an update, one thread\n");
+    println!("{:>12}{:>12}{:>14}{:>12}", "rows", "ids", "allocations", "bytes");
+    let [few, many] = [1_000, 1_000_000].map(scratch);
+    assert!(many <= 2.0 * few, "expected scratch by the batch, whatever the rows of the tables");
 }
 
 /// Prints one line.
@@ -65,7 +71,9 @@ fn main() {
 /// which ids are left out: never for an id or a bag.
 fn row(threads: usize, tables: usize, padding: Option<usize>, batch: usize) {
     let sizes = Sizes { tables, rows: ROWS, dim: 64, format: RowFormat::Fp32, ids_per_bag: 4, batch };
-    let [allocations, bytes] = count(sizes, threads, padding);
+    let mut workload = Workload::with_padding(sizes, padding);
+    let context = Context { threads, ..Context::default() };
+    let [allocations, bytes] = count(|| workload.lookup(&context));
     let pieces = tables * (batch * (sizes.ids_per_bag + 1) * 4).div_ceil(PIECE_LINES);
     println!(
         "{threads:>8}{tables:>8}{:>9}{batch:>8}{pieces:>10}{allocations:>14.2}{bytes:>12.0}",
@@ -76,13 +84,23 @@ fn row(threads: usize, tables: usize, padding: Option<usize>, batch: usize) {
     assert!(allocations <= allowed as f64, "expected at most {allowed} allocations");
 }
 
+/// Prints what an update takes of tables of some rows, and returns the bytes.
+fn scratch(rows: usize) -> f64 {
+    let sizes = Sizes { tables: 4, rows, dim: 16, format: RowFormat::Fp32, ids_per_bag: 4, batch: 1024 };
+    let mut workload = Workload::new(sizes);
+    let context = Context::default();
+    workload.set_optimizer(Kind::Sgd, &context).expect("memory");
+    let optimizer = optimizer(Kind::Sgd);
+    let [allocations, bytes] = count(|| workload.update(&optimizer, &context));
+    println!("{rows:>12}{:>12}{allocations:>14.2}{bytes:>12.0}", sizes.ids());
+    bytes
+}
+
 /// Allocations and bytes of a call.
-fn count(sizes: Sizes, threads: usize, padding: Option<usize>) -> [f64; 2] {
-    let mut workload = Workload::with_padding(sizes, padding);
-    let context = Context { threads, ..Context::default() };
+fn count(mut call: impl FnMut() -> Result<()>) -> [f64; 2] {
     let mut run = || {
         for _ in 0..CALLS {
-            workload.lookup(&context).expect("ids are in range");
+            call().expect("ids are in range");
         }
     };
     run(); // the pool is made by the first large call

@@ -4,8 +4,8 @@ use std::fmt;
 
 use divan::Bencher;
 use divan::counter::BytesCount;
-use dlrm_benches::{Sizes, Workload};
-use dlrm_core::optimizers::{Kind, Optimizer, Step};
+use dlrm_benches::{Sizes, Workload, optimizer};
+use dlrm_core::optimizers::Kind;
 use dlrm_core::{Context, RowFormat, threads};
 
 const SINGLE: Sizes =
@@ -47,14 +47,7 @@ fn update(bencher: Bencher, case: &Case) {
     let context = Context { threads: threads::get().expect("a number of threads"), ..Context::default() };
     let mut workload = Workload::new(case.sizes);
     workload.set_optimizer(case.kind, &context).expect("memory for the state");
-    let value = |name: &&str| match *name {
-        "clip_norm" | "clip_value" | "max_norm" => f64::INFINITY,
-        "nesterov" | "weight_decay" | "decoupled_weight_decay" => 0.0,
-        _ => 1e-4,
-    };
-    let values: Vec<_> = case.kind.hyperparameters().iter().map(value).collect();
-    let optimizer =
-        Optimizer::new(case.kind, &values, Step { number: 1, seed: 0 }).expect("values that can be");
+    let optimizer = optimizer(case.kind);
     bencher
         .counter(BytesCount::new(case.sizes.bytes()))
         .bench_local(|| workload.update(&optimizer, &context));

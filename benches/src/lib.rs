@@ -1,6 +1,6 @@
 //! Tables and ids to time: made once, ids in rotation, so that no call finds the rows of the one before it in a cache.
 
-use dlrm_core::optimizers::{Kind, Optimizer};
+use dlrm_core::optimizers::{Kind, Optimizer, Step};
 use dlrm_core::{
     Bags, Context, Feature, Gradient, Ids, Offsets, Output, Pooling, Result, RowFormat, TableSet, TableSpec,
 };
@@ -120,6 +120,21 @@ impl Workload {
         let bags = Bags::new(Ids::I64(&self.batches[self.next]), Offsets::Even, tables, batch, None)?;
         self.set.touch(&bags, ctx)
     }
+}
+
+/// An optimizer without clipping and decay.
+///
+/// # Panics
+/// When the optimizer has come to want other values.
+#[must_use]
+pub fn optimizer(kind: Kind) -> Optimizer {
+    let value = |name: &&str| match *name {
+        "clip_norm" | "clip_value" | "max_norm" => f64::INFINITY,
+        "nesterov" | "weight_decay" | "decoupled_weight_decay" => 0.0,
+        _ => 1e-4,
+    };
+    let values: Vec<_> = kind.hyperparameters().iter().map(value).collect();
+    Optimizer::new(kind, &values, Step { number: 1, seed: 0 }).expect("values that can be")
 }
 
 /// A number without order: `SplitMix64`, by Steele, Lea and Flood, "Fast splittable pseudorandom number generators",

@@ -344,7 +344,8 @@ impl<Q: Rows, A: Adding> Mode for Sum<Q, A> {
         out: &mut [f32],
     ) {
         let mut sum = BagSum { rows: &self.rows, out: &mut out[..self.rows.dim()], empty: true };
-        let divisor = (of.pooling == Pooling::Mean).then_some(bag.len().max(1) as f32);
+        // Not `then_some`, for which every sum would turn its length into a float.
+        let divisor = if of.pooling == Pooling::Mean { Some(bag.len().max(1) as f32) } else { None };
         A::add(simd, of, bag, end, &mut sum);
         sum.finish(simd, divisor);
     }
