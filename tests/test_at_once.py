@@ -155,3 +155,22 @@ def test_a_batch_of_features() -> None:
         pooled = tables(features)
     assert pooled.keys() == ["f0", "f1"]
     assert torch.equal(pooled.values(), checked(tables, torch.tensor(INDICES), torch.tensor(OFFSETS)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_bags_of_one_id_have_the_bits_they_have_among_others(row_format: str, dtype: torch.dtype) -> None:
+    tables = EmbeddingBagCollection(
+        [
+            EmbeddingBagConfig(f"t{dim}", 50, dim, [f"f{dim}"], pooling=pooling, data_type=row_format)
+            for dim, pooling in ((1, "sum"), (16, "sum"), (33, "mean"), (64, "sum"), (128, "mean"))
+        ]
+    )
+    ids = torch.randint(50, (5, 40), dtype=dtype)
+    with_empty = torch.cat([torch.arange(40).repeat(5, 1), torch.full((5, 1), 40)], 1)  # the last bag of each feature
+    offsets = (with_empty + 40 * torch.arange(5).unsqueeze(1)).view(-1)
+    with torch.no_grad():
+        alone = tables.lookup(ids.view(-1), torch.arange(201))
+        among = tables.lookup(ids.view(-1), torch.cat([offsets, torch.tensor([200])]))
+    assert torch.equal(alone.view(torch.int32), among[:40].view(torch.int32))
+    assert not among[40].any()

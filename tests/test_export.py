@@ -36,7 +36,8 @@ for directory in sys.argv[1:]:
     dense, values, lengths, expected = torch.load(f"{{directory}}/batch.pt")
     features = dlrm_rs.KeyedJaggedTensor.from_lengths_sync({features}, values, lengths)
     for _ in range(2):
-        assert torch.equal(program(dense, features), expected), directory
+        # Not the same bits: those of torch's Linear depend on where its input lies.
+        torch.testing.assert_close(program(dense, features), expected)
     assert len(whose._BORROWED) == 1  # tables of the program's memory, made once
     del program
     gc.collect()

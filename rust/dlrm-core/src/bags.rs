@@ -221,6 +221,15 @@ impl<'a> Bags<'a> {
         }
     }
 
+    /// Whether each of some bags has one id.
+    pub(crate) fn have_one_id(&self, bags: Range<usize>) -> bool {
+        match self.offsets {
+            Offsets::I32(offsets) => have_one_id(offsets, self.ids.len(), bags),
+            Offsets::I64(offsets) => have_one_id(offsets, self.ids.len(), bags),
+            Offsets::Even => self.ids.len() == self.features * self.batch,
+        }
+    }
+
     /// Where the ids of `feature` are.
     pub(crate) fn feature_bounds(&self, feature: usize) -> Range<usize> {
         self.feature_starts[feature]..self.feature_starts[feature + 1]
@@ -271,6 +280,14 @@ fn starts_in<I: Id>(offsets: &[I], first: usize, ids: usize, into: &mut [usize])
     for (start, offset) in into.iter_mut().zip(offsets) {
         *start = offset;
     }
+}
+
+fn have_one_id<I: Id>(offsets: &[I], ids: usize, bags: Range<usize>) -> bool {
+    let start = |bag: usize| offsets.get(bag).map_or(ids as u64, |offset| offset.row());
+    let (first, end) = (start(bags.start), start(bags.end));
+    // Most bags of several ids are told from the ends. No early exit from the rest, as in `check_offsets`.
+    end.wrapping_sub(first) == bags.len() as u64
+        && (first..).zip(&offsets[bags]).fold(true, |all, (one, offset)| all & (offset.row() == one))
 }
 
 fn check_offsets<I: Id + std::fmt::Display>(

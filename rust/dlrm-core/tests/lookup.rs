@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Case, any_case, assert_close, bits, contexts, large_case};
-use dlrm_core::{Bags, Context, Error, Ids, Offsets, Output, Pooling};
+use dlrm_core::{Bags, Context, Error, Feature, Ids, Offsets, Output, Pooling};
 use proptest::prelude::*;
 
 /// Output and argmax.
@@ -62,6 +62,20 @@ proptest! {
 fn a_large_lookup_has_the_same_bits_everywhere() {
     for pooling in Pooling::ALL {
         check_all_contexts(&large_case(pooling));
+    }
+}
+
+#[test]
+fn bags_of_one_id_are_right_and_have_the_same_bits_everywhere() {
+    for pooling in [Pooling::Sum, Pooling::Mean] {
+        for (last_offset, weighted) in [(false, false), (true, false), (true, true)] {
+            let case = large_case(pooling);
+            let one_id = |(b, bag): (usize, &Vec<i64>)| vec![bag.first().copied().unwrap_or(b as i64 % 3)];
+            let bags = case.bags.iter().enumerate().map(one_id).collect();
+            let features =
+                case.features.iter().map(|&feature| Feature { padding: None, ..feature }).collect();
+            check_all_contexts(&Case { features, bags, weighted, last_offset, ..case });
+        }
     }
 }
 

@@ -121,9 +121,14 @@ impl<R: Rows> Pool<'_, R> {
             return self.bags_by(simd, Sum { rows, adding: PhantomData::<All<AT_ONCE, true>> }, end);
         }
         // Where a row's length is a constant, nothing about it is asked for every bag.
+        let one_id = self.bags.have_one_id(self.first + self.units.start..self.first + self.units.end);
         macro_rules! rows_of {
             ($rows:expr) => {
-                self.bags_by(simd, Sum { rows: $rows, adding: PhantomData::<All<AT_ONCE, false>> }, end)
+                if one_id {
+                    self.single(simd, &$rows, end)
+                } else {
+                    self.bags_by(simd, Sum { rows: $rows, adding: PhantomData::<All<AT_ONCE, false>> }, end)
+                }
             };
         }
         match rows.dim() {
@@ -149,14 +154,25 @@ impl<R: Rows> Pool<'_, R> {
                 self.start(simd, starts[0], end);
             }
             for (bounds, unit) in starts.windows(2).zip(group.clone()) {
-                let into = match self.out {
-                    Outputs::Fp32(out) => self.output(out, unit),
-                    Outputs::Fp16(_) | Outputs::Bf16(_) => &mut *row,
-                };
+                let into = self.place(unit, &mut row);
                 mode.pool(simd, self, unit, bounds[0]..bounds[1], end, into);
                 self.round(simd, &row, unit);
             }
             unit = group.end;
+        }
+    }
+
+    /// Sum or mean of bags of one id each, without weights: nothing is asked about where they are.
+    #[inline(always)]
+    fn single<S: Simd>(&self, simd: S, rows: &impl Rows, end: usize) {
+        let mut row = self.scratch();
+        let first = self.positions().start;
+        self.start(simd, first, end);
+        for (position, unit) in (first..).zip(self.units.clone()) {
+            self.prefetch::<S, 1>(simd, rows, position + self.ahead, end);
+            let out = &mut self.place(unit, &mut row)[..rows.dim()];
+            BagSum { rows, out, empty: true }.add::<S, R, 1, false>(simd, self, position);
+            self.round(simd, &row, unit);
         }
     }
 
@@ -168,10 +184,7 @@ impl<R: Rows> Pool<'_, R> {
         for unit in self.units.clone() {
             let position = self.first + unit;
             self.prefetch::<S, 1>(simd, &self.rows, position + self.ahead, end);
-            let into = match self.out {
-                Outputs::Fp32(out) => self.output(out, unit),
-                Outputs::Fp16(_) | Outputs::Bf16(_) => &mut *row,
-            };
+            let into = self.place(unit, &mut row);
             let [id] = self.ids.rows(position);
             self.rows.copy(simd, id as usize, into);
             self.round(simd, &row, unit);
@@ -182,6 +195,15 @@ impl<R: Rows> Pool<'_, R> {
     #[inline(always)]
     fn weight(&self, position: usize) -> f32 {
         self.bags.weights.map_or(1.0, |weights| weights[position])
+    }
+
+    /// Where the row of a unit goes: into the output, or into `row` where it is yet to be rounded.
+    #[inline(always)]
+    fn place<'b>(&'b self, unit: usize, row: &'b mut [f32]) -> &'b mut [f32] {
+        match self.out {
+            Outputs::Fp32(out) => self.output(out, unit),
+            Outputs::Fp16(_) | Outputs::Bf16(_) => row,
+        }
     }
 
     /// Room for a row that is yet to be rounded to the output's precision.
