@@ -300,6 +300,17 @@ def test_two_pipelines_at_once_are_refused_over_the_same_tables_alone() -> None:
 
 
 @pytest.mark.parametrize("updates", ["exact", "stale"])
+def test_gradients_that_the_optimizer_refuses_are_refused(updates: Updates) -> None:
+    model = click_model(device=StandIn(latency=0.0))
+    (collection,) = (module for module in model.modules() if isinstance(module, dlrm_rs.EmbeddingBagCollection))
+    assert collection.fused_optimizer is not None
+    collection.fused_optimizer.param_groups[0]["check_finite"] = True
+    with pytest.raises(FloatingPointError, match="expected finite numbers"):
+        list(loop(Pipeline(model, dense_adam(model), click_log(9), infinite_at(2), updates=updates)))
+    assert steps(model) == 2
+
+
+@pytest.mark.parametrize("updates", ["exact", "stale"])
 def test_a_failure_while_the_loop_is_being_left_does_not_hang(updates: Updates) -> None:
     """The gradient of the last batch, which the pipeline still waits for, is refused."""
     model = click_model(device=StandIn(latency=0.05))

@@ -2,12 +2,12 @@
 
 One crossing to Rust per forward and one per backward, however many tables. Three ways lead there:
 
-- `direct`, an `autograd.Function`, is what modules take: it costs the least.
+- `direct`, an `autograd.Function`, is what modules take: it costs less than an operator.
 - `at_once`, the same for calls that no backward follows: it asks nothing that such a call does not need.
 - `traced`, by the operators `torch.ops.dlrm_rs` that a graph can hold, is what they take while `torch.compile` or
   `torch.export` traces them. `registered` has these operators.
 
-`calls` is what both do with the engine.
+`calls` is what they do with the engine.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ class Lane:
         self.name = name
         self.collection = collection
         self.run = run
-        self.check_finite = check_finite
+        optimizer = collection.fused_optimizer
+        # Also where the optimizer was made to refuse them.
+        self.check_finite = check_finite or (optimizer is not None and optimizer.check_finite)
         self.visit: Visit | None = None
 
     def mark(self) -> Mark:

@@ -54,7 +54,8 @@ class Pipeline:
         features: `features(batch)` gives what the collections will be called with: a KeyedJaggedTensor, or a mapping of
             one for each, by their names in the model. By default the one that is in the batch.
         prefetch: Batches that are loaded ahead, at least 1.
-        check_finite: End with an error when a gradient has an infinity or a NaN, before it gets into a table.
+        check_finite: End with an error when a gradient has an infinity or a NaN, before it gets into a table; so do
+            collections whose optimizer has `check_finite`.
         split_backward: In backward, compute the gradients of linear layers' weights after that of the pooled rows, so
             that tables are updated and looked up meanwhile. Bits are the same, but for the last ones of a weight that
             gets three gradients and more, some of them by other ways than its layer's calls. False to save memory, as
