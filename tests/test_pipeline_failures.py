@@ -371,7 +371,7 @@ def test_other_features_and_second_lookups_are_refused_where_they_are_trained() 
     def with_other(model: nn.Module, batch: Batch) -> Tensor:
         return click_loss(model, Batch(batch.dense, log[2].sparse, batch.labels))
 
-    with pytest.raises(RuntimeError, match="expected those of the batch that the pipeline gave"):
+    with pytest.raises(RuntimeError, match="expected the features of the batch that the pipeline gave"):
         list(Pipeline(model, dense_adam(model), log, with_other))
 
     def twice(model: nn.Module, batch: Batch) -> Tensor:

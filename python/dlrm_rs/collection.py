@@ -133,6 +133,7 @@ class EmbeddingBagCollection(NamedTables):
             IndexError: An id is not a row of its table, or an inverse index not a bag of its feature.
             ValueError: A feature is missing, or ids, offsets, weights or inverse indices cannot be.
             TypeError: `features` is no KeyedJaggedTensor, or ids that are not integers.
+            RuntimeError: In a `Pipeline`'s loop, where other features than the batch's are to be trained.
         """
         keyed_tensor: type[KeyedTensor] = beside(type(features), "KeyedTensor")
         values = None if self._lane is None else self._lane.take(features)
@@ -163,6 +164,7 @@ class EmbeddingBagCollection(NamedTables):
             ValueError: Offsets of a wrong length, or that fall, begin above 0 or end beyond the ids; weights missing,
                 not wanted, or NaN; tensors on another device.
             TypeError: Ids or offsets that are not integers, weights that are not float32.
+            RuntimeError: In a `Pipeline`'s loop, where it is to be trained.
 
         Example:
             >>> import torch, dlrm_rs
@@ -171,6 +173,8 @@ class EmbeddingBagCollection(NamedTables):
             >>> collection.lookup(torch.tensor([0, 1, 3]), torch.tensor([0, 2, 3])).detach()
             tensor([[2., 1.]])
         """
+        if self._lane is not None:
+            self._lane.look_up_beside("indices")
         return self._pooled("indices", indices, "offsets", offsets, per_sample_weights)
 
     def _lookup_call(self, features: KeyedJaggedTensor) -> LookupCall:

@@ -65,13 +65,25 @@ class Lane:
         visit = self.visit
         if visit is not None and visit.is_of(features):
             return visit.take()
+        self.look_up_beside("features")
+        return None
+
+    def look_up_beside(self, argument: str) -> None:
+        """Have the tables ready for a lookup of their own: of other ids than the batch's, or of these once more.
+
+        Args:
+            argument: What the ids came in.
+
+        Raises:
+            RuntimeError: It is to be trained.
+        """
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.collection._tables.weights()):
             raise RuntimeError(
-                f"features: expected those of the batch that the pipeline gave, as collection {self.name!r} is in one, "
-                "got others; tell the pipeline what it is called with (features=), or look up under torch.no_grad()"
+                f"{argument}: expected the features of the batch that the pipeline gave, as collection {self.name!r} "
+                "is in one, got others, or with other weights or bags; tell the pipeline what the collection is called "
+                "with (features=), or look up under torch.no_grad()"
             )
         self.run.settle()
-        return None
 
 
 class Visit:
@@ -113,8 +125,21 @@ class Visit:
         self._updated: set[str | None] = set()
 
     def is_of(self, features: KeyedJaggedTensor) -> bool:
-        """Whether these are the features of the batch."""
-        return features is self._features or features.values() is self._features.values()
+        """Whether these are the features of the batch: the same object, or one that is made of the same tensors."""
+        own = self._features
+        if features is own:
+            return True
+        if features.values() is not own.values() or features.weights_or_none() is not own.weights_or_none():
+            return False
+        bags = [
+            (features.lengths_or_none(), own.lengths_or_none()),
+            (features.offsets_or_none(), own.offsets_or_none()),
+        ]
+        return (
+            any(other is not None and one is other for one, other in bags)
+            and features.keys() == own.keys()
+            and features.stride_per_key() == own.stride_per_key()
+        )
 
     # In the table thread.
 
