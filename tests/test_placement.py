@@ -35,7 +35,7 @@ def places(plan: dlrm_rs.placement.Plan) -> dict[str, str]:
 def test_bytes_and_seconds_of_a_step() -> None:
     plan = small_plan(0, optimizer=RowWiseAdagrad(), dense_flops=2e9)
     large, hot, _ = plan.tables
-    assert large.memory == 1_000_000 * (64 + 4)
+    assert large.memory == large.host_memory == 1_000_000 * (64 + 4)
     assert (large.ids, hot.ids) == (10_000, 20_000)
     assert large.id_bytes == 80_000
     assert large.read == 10_000 * 64
@@ -50,7 +50,8 @@ def test_bytes_and_seconds_of_a_step() -> None:
     assert (plan.bottleneck, plan.step) == ("host memory", max(plan.costs.values()))
     # torch steps all rows of a table on the GPU: a large one costs more there than its 10,000 ids.
     there = small_plan(1e9, optimizer=RowWiseAdagrad(), places={"large": "gpu", "hot": "cpu", "small": "cpu"})
-    assert large.swept == 10_000 * 64 + 1_000_000 * 2 * (64 + 64 + 4)
+    assert there.tables[0].memory == 1_000_000 * 64 * 5
+    assert large.swept == 10_000 * 64 + 2 * 1_000_000 * 64 * 5
     assert there.costs["GPU"] == pytest.approx((10_000 * 64 + large.swept) / 1e12)
 
 
@@ -75,21 +76,53 @@ def test_formats_and_optimizers(
 def test_small_and_hot_tables_go_to_the_gpu_while_they_fit_and_help() -> None:
     assert places(small_plan()) == {"large": "cpu", "hot": "gpu", "small": "gpu"}
     # Per byte the smallest relieves most.
-    assert places(small_plan(10_000)) == {"large": "cpu", "hot": "cpu", "small": "gpu"}
+    few = small_plan(10_000)
+    assert places(few) == {"large": "cpu", "hot": "cpu", "small": "gpu"}
+    assert [table.why for table in few.tables] == ["no room on the GPU", "no room on the GPU", ""]
     assert places(small_plan(1e9)) == {"large": "gpu", "hot": "gpu", "small": "gpu"}
     assert small_plan(1e9).bottleneck == "PCIe"  # of ids
     busy = dlrm_rs.plan(
         TABLES, 1e9, batch_size=1000, hardware=dataclasses.replace(HARDWARE, gpu_bandwidth=1e6), dense_flops=1e9
     )
     assert set(places(busy).values()) == {"cpu"}  # the GPU is the bottleneck already
+    assert {table.why for table in busy.tables} == {"on the GPU a step would be longer"}
 
 
-def test_quantized_tables_stay_on_the_host() -> None:
-    table = EmbeddingBagConfig("t", 100, 16, ["a"], data_type="int8")
-    plan = dlrm_rs.plan([table], 1e9, batch_size=1000, hardware=HARDWARE)
-    assert places(plan) == {"t": "cpu"}
-    with pytest.raises(ValueError, match="got int8 in table 't'; place it on the host"):
-        plan.place(t="gpu").build(device="cpu")
+@pytest.mark.parametrize(
+    ("options", "is_weighted", "why"),
+    [
+        ({"data_type": "int8"}, False, "rows in int8, which torch does not train"),
+        ({"scale_grad_by_freq": True}, False, "scale_grad_by_freq, for which some versions of torch count other rows"),
+        ({"pooling": "mean"}, True, "weights of ids and mean pooling, as torch weights sums alone"),
+    ],
+)
+def test_tables_that_torch_cannot_do_stay_on_the_host_and_the_plan_says_why(
+    options: dict[str, Any], is_weighted: bool, why: str
+) -> None:
+    tables = [EmbeddingBagConfig("t", 100, 16, ["a"], **options), EmbeddingBagConfig("s", 100, 16, ["b"])]
+    plan = dlrm_rs.plan(tables, 1e9, batch_size=1000, is_weighted=is_weighted, hardware=HARDWARE)
+    assert places(plan) == {"t": "cpu", "s": "gpu"}
+    assert str(plan).splitlines()[1].endswith(f"(stays there: {why})")
+    built = plan.build(device="cpu")
+    assert list(built.device_bags) == ["s"]
+    with pytest.raises(ValueError, match=f"places: expected 'cpu' for table 't', got 'gpu'; it has {why}"):
+        plan.place(t="gpu")
+    with pytest.raises(ValueError, match=f"got table 't' with {why}; place it on the host"):
+        PlacedEmbeddingBags(tables, ["t"], "cpu", is_weighted=is_weighted)
+
+
+def test_an_optimizer_for_some_tables_is_reckoned_for_all() -> None:
+    tables = [dataclasses.replace(TABLES[0], data_type="bf16"), *TABLES[1:]]
+    optimizer = RowWiseAdagrad(lr=0.1, split_bf16=True, table_lr={"small": 0.2})
+    plan = dlrm_rs.plan(tables, 0, batch_size=10, optimizer=optimizer, hardware=HARDWARE)
+    assert [table.memory for table in plan.tables] == [1_000_000 * (32 + 32 + 4), 1000 * (64 + 4), 100 * (64 + 4)]
+
+
+def test_a_model_with_all_tables_on_the_gpu_is_for_a_plain_loop() -> None:
+    plan = small_plan(1e9)
+    assert "all tables are on the GPU: train in a plain loop, a Pipeline has nothing to do on the CPU" in str(plan)
+    assert plan.build(SGD(lr=0.1), device="cpu").host is None
+    assert "plain loop" not in str(small_plan())
 
 
 def test_the_user_has_the_last_word() -> None:
@@ -98,21 +131,49 @@ def test_the_user_has_the_last_word() -> None:
     assert places(chosen.place(hot="cpu", small="gpu")) == {"large": "cpu", "hot": "cpu", "small": "gpu"}
     with pytest.raises(ValueError, match=r"expected 64,\d+,\d+ bytes for the tables on the GPU, got 1,000,000"):
         chosen.place(large="gpu")
-    with pytest.raises(ValueError, match="huge: expected one of the tables"):
+    with pytest.raises(ValueError, match=r"places: expected tables \['large', 'hot', 'small'\], got 'huge'"):
         chosen.place(huge="gpu")
-    with pytest.raises(ValueError, match="hot: expected 'cpu' or 'gpu', got 'tpu'"):
+    with pytest.raises(ValueError, match="places: expected 'cpu' or 'gpu' for table 'hot', got 'tpu'"):
         chosen.place(hot="tpu")  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size: expected at least 0, got -1"):
-        dlrm_rs.plan(TABLES, 0, batch_size=-1, hardware=HARDWARE)
-    with pytest.raises(ValueError, match=r"expected a number for every feature, got none for \['b', 'c'\]"):
-        dlrm_rs.plan(TABLES, 0, batch_size=1, ids_per_bag={"a": 1}, hardware=HARDWARE)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"gpu_memory": float("inf")}, ValueError, "gpu_memory: expected a finite number of at least 0, got inf"),
+        ({"gpu_memory": float("nan")}, ValueError, "gpu_memory: expected a finite number of at least 0, got nan"),
+        ({"gpu_memory": -1}, ValueError, "gpu_memory: expected a finite number of at least 0, got -1"),
+        ({"gpu_memory": "8GB"}, TypeError, "gpu_memory: expected a number, got '8GB'"),
+        ({"dense_flops": float("nan")}, ValueError, "dense_flops: expected a finite number of at least 0, got nan"),
+        ({"batch_size": -1}, ValueError, "batch_size: expected a number from 0 to 2.63 - 1, got -1"),
+        ({"batch_size": 1.5}, TypeError, "batch_size: expected an integer, got float"),
+        ({"ids_per_bag": -3}, ValueError, "ids_per_bag: expected a finite number of at least 0, got -3"),
+        ({"ids_per_bag": "3"}, TypeError, "ids_per_bag: expected a number, got '3'"),
+        (
+            {"ids_per_bag": dict.fromkeys("abcd", float("nan"))},
+            ValueError,
+            r"ids_per_bag\['a'\]: expected a finite number of at least 0, got nan",
+        ),
+        ({"ids_per_bag": {"a": 1}}, ValueError, r"a number for every feature, got none for \['b', 'c'\, 'd'\]"),
+        ({"ids_per_bag": dict.fromkeys("abcde", 1)}, ValueError, r"ids_per_bag: expected features of .*, got \['e'\]"),
+        ({"optimizer": torch.optim.SGD}, TypeError, "optimizer: expected None or one of dlrm_rs.optim, got <class"),
+        ({"hardware": "H100"}, TypeError, "hardware: expected None or a dlrm_rs.placement.Hardware, got 'H100'"),
+        ({"places": ["large"]}, TypeError, r"places: expected None or 'cpu' and 'gpu' by .*, got \['large'\]"),
+        ({"output_dtype": torch.float64}, TypeError, "output_dtype: expected one of .*, got torch.float64"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dlrm_rs.plan(TABLES, **{"gpu_memory": 0, "batch_size": 1, "hardware": HARDWARE, **options})
+
+
+def test_tables_and_speeds_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_embeddings of table 'large': expected a number from 0 to .*, got -1"):
+        dlrm_rs.plan([dataclasses.replace(TABLES[0], num_embeddings=-1)], 0, batch_size=1, hardware=HARDWARE)
     with pytest.raises(ValueError, match="pcie_bandwidth: expected a number above 0, got 0"):
         Hardware(pcie_bandwidth=0)
-    with pytest.raises(ValueError, match=r"on_device: expected names of tables, got \['huge'\]"):
-        PlacedEmbeddingBags(TABLES, ["huge"], "cpu")
+    with pytest.raises(TypeError, match="gpu_flops: expected a number, got '1e12'"):
+        Hardware(gpu_flops="1e12")  # type: ignore[arg-type]
 
 
 def test_the_print_has_every_table_the_costs_and_the_bottleneck() -> None:
@@ -120,8 +181,16 @@ def test_the_print_has_every_table_the_costs_and_the_bottleneck() -> None:
     lines = text.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [["large", "cpu"], ["hot", "gpu"], ["small", "cpu"]]
     assert lines[3].endswith("(as you say)")
-    assert "bottleneck: GPU, 2." in text
-    assert "2.0 GFLOP" in text
+    # id bytes, rows read, updated, and what goes over the bus: pooled rows of one table, ids of the other.
+    assert lines[1].split()[5:13] == ["80.0", "KB", "640.0", "KB", "0.0", "B", "64.0", "KB"]
+    assert lines[2].split()[5:13] == ["160.0", "KB", "1.3", "MB", "0.0", "B", "160.0", "KB"]
+    assert [line.strip() for line in lines[5:10]] == [
+        "a step: 320.0 KB of ids",
+        "host memory     1.280 ms  1.3 MB of rows read, 0.0 B updated",
+        "PCIe            0.029 ms  128.0 KB of pooled rows or their gradients, 160.0 KB of ids",
+        "GPU             2.001 ms  1.3 MB of rows read, 0.0 B updated; 2.0 GFLOP in the dense layers",
+        "bottleneck: GPU, 2.001 ms side by side, 3.310 ms in turn",
+    ]
     assert "not measured: host_bandwidth, pcie_bandwidth, gpu_bandwidth, gpu_flops" in text
 
 
@@ -188,15 +257,3 @@ def test_a_model_made_by_a_plan_is_the_model_and_trains_in_a_pipeline() -> None:
         assert torch.equal(got, expected)
     first = by_torch.bags.get_parameter("t1.weight")
     assert not torch.equal(first, placed.embeddings.device_bags.get_parameter("t1.weight"))  # it was trained
-
-
-def test_weights_of_ids_for_tables_on_the_device_are_refused() -> None:
-    placed = PlacedEmbeddingBags(TABLES[2:], ["small"], "cpu")
-    features = dlrm_rs.KeyedJaggedTensor(["d"], torch.tensor([1]), torch.tensor([0.5]), lengths=torch.tensor([1]))
-    with pytest.raises(ValueError, match="place the tables of such features on the host"):
-        placed(features)
-
-
-def test_gradients_by_frequency_are_refused_on_the_device() -> None:
-    with pytest.raises(ValueError, match=r"without scale_grad_by_freq, got it in table 'small'.* place it on the host"):
-        PlacedEmbeddingBags([dataclasses.replace(TABLES[2], scale_grad_by_freq=True)], ["small"], "cpu")

@@ -6,7 +6,8 @@ weights are checked by the engine, where they are used.
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from dlrm_rs.row_formats import TORCH_DTYPES
 __all__ = [
     "check_device",
     "check_no_nan",
+    "check_number",
     "check_padding_idx",
     "check_pooling",
     "check_size",
@@ -128,6 +130,29 @@ def check_size(name: str, size: int) -> int:
     if not 0 <= size < 2**63:
         raise ValueError(f"{name}: expected a number from 0 to 2^63 - 1, got {size}")
     return int(size)
+
+
+def check_number(name: str, number: object, *, is_positive: bool = False, can_be_infinite: bool = False) -> float:
+    """An amount, such as seconds or bytes, as a float.
+
+    Args:
+        name: What it is, for messages.
+        number: The amount; NumPy's numbers are some, too.
+        is_positive: Whether 0 is refused.
+        can_be_infinite: Whether infinity is not.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: Negative, NaN, or one of what is refused.
+    """
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise TypeError(f"{name}: expected a number, got {number!r}")
+    amount = float(number)
+    is_large_enough = amount > 0 if is_positive else amount >= 0
+    if not is_large_enough or (amount == math.inf and not can_be_infinite):
+        kind, bound = "" if can_be_infinite else "finite ", "above" if is_positive else "of at least"
+        raise ValueError(f"{name}: expected a {kind}number {bound} 0, got {number}")
+    return amount
 
 
 def check_device(device: torch.device | str | int | None) -> None:

@@ -32,7 +32,7 @@ from dlrm_rs.table_configs import (
 )
 from dlrm_rs.tables import EmbeddingTables, FeatureSpec
 
-__all__ = ["NamedTables", "Table", "as_ours", "beside", "feature_specs"]
+__all__ = ["NamedTables", "Table", "as_ours", "beside", "feature_specs", "in_order"]
 
 
 class NamedTables(abc.ABC, OwnsTables):
@@ -90,8 +90,7 @@ class NamedTables(abc.ABC, OwnsTables):
 
     def _in_order(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features of the tables, in the order of these."""
-        keys = features.keys()
-        return features if keys == self._features else as_ours(features).permute(_positions(keys, self._features))
+        return in_order(features, self._features)
 
 
 class Table(HoldsWeight):
@@ -119,6 +118,16 @@ def as_ours(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         stride_per_key_per_rank=[[stride] for stride in features.stride_per_key()] if variable else None,
         inverse_indices=features.inverse_indices_or_none() if variable else None,
     )
+
+
+def in_order(features: KeyedJaggedTensor, wanted: list[str]) -> KeyedJaggedTensor:
+    """The wanted features of a batch, in the order of the names.
+
+    Raises:
+        ValueError: A feature is missing.
+    """
+    keys = features.keys()
+    return features if keys == wanted else as_ours(features).permute(_positions(keys, wanted))
 
 
 def _positions(keys: Sequence[str], wanted: Sequence[str]) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dlrm_rs.arguments import check_number
 from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.table_configs import EmbeddingBagConfig
 
@@ -30,6 +31,10 @@ class Hardware:
         gpu_bandwidth: Bytes per second of the GPU's memory.
         gpu_flops: Floating-point operations per second of the dense layers.
         measured: The names of those that were measured; the others are assumptions.
+
+    Raises:
+        ValueError: A speed that is not above 0.
+        TypeError: One that is not a number.
     """
 
     host_bandwidth: float = 10e9
@@ -40,8 +45,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name in ("host_bandwidth", "pcie_bandwidth", "gpu_bandwidth", "gpu_flops"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), is_positive=True, can_be_infinite=True)
 
     @classmethod
     def measure(cls) -> Hardware:

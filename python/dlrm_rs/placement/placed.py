@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dlrm_rs.arguments import check_pooling
 from dlrm_rs.collection import EmbeddingBagCollection
+from dlrm_rs.devices import Device
+from dlrm_rs.devices import output_device as checked_output_device
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.keyed_tensor import KeyedTensor
 from dlrm_rs.named_tables import beside
-from dlrm_rs.row_formats import QUANTIZED, TORCH_DTYPES, row_format
-from dlrm_rs.table_configs import EmbeddingBagConfig, check_tables, embedding_names, fill
+from dlrm_rs.optim import OptimizerSpec
+from dlrm_rs.placement.device_bags import DeviceBags
+from dlrm_rs.row_formats import output_dtype as checked_output_dtype
+from dlrm_rs.table_configs import EmbeddingBagConfig, check_tables, embedding_names
 
 __all__ = ["PlacedEmbeddingBags"]
 
@@ -26,16 +28,20 @@ class PlacedEmbeddingBags(nn.Module):
         tables: All tables.
         on_device: The names of those that are on the device.
         device: Where the output is wanted.
+        is_weighted: Whether every id comes with a weight that multiplies its row.
         optimizer: For the tables of the host; those of the device are Parameters for torch's optimizers.
         output_dtype: Of the output.
-        options: For the `EmbeddingBagCollection`.
 
     Attributes:
-        host: The `EmbeddingBagCollection` of the host's tables, or None if there is none.
+        host: The `EmbeddingBagCollection` of the host's tables, or None if there is none; a `Pipeline` is for a model
+            that has one.
         device_bags: One `nn.EmbeddingBag` for each table on the device, by its name.
 
     Raises:
-        ValueError: Names that cannot be, or tables on the device whose rows torch cannot store.
+        ValueError: Names or a device that cannot be, or tables on the device that torch's modules cannot do: quantized
+            ones, with `scale_grad_by_freq`, or weighted ones that are not summed.
+        TypeError: A row format or output dtype that cannot be.
+        RuntimeError: A GPU, where there is none.
 
     Example:
         >>> import torch, dlrm_rs
@@ -55,10 +61,11 @@ class PlacedEmbeddingBags(nn.Module):
         self,
         tables: Sequence[EmbeddingBagConfig],
         on_device: Collection[str],
-        device: torch.device | str,
+        device: Device | torch.device | str,
         *,
+        is_weighted: bool = False,
+        optimizer: OptimizerSpec | None = None,
         output_dtype: torch.dtype = torch.float32,
-        **options: Any,
     ) -> None:
         super().__init__()
         check_tables(tables)
@@ -66,15 +73,19 @@ class PlacedEmbeddingBags(nn.Module):
         if unknown:
             raise ValueError(f"on_device: expected names of tables, got {unknown}")
         self._configs = list(tables)
-        self._names = embedding_names(tables)
-        self._output_dtype = output_dtype
+        self._names = [name for of_table in embedding_names(tables) for name in of_table]
+        self._output_dtype = checked_output_dtype(output_dtype)
+        place = checked_output_device(device)
+        # First, as it may refuse tables, and those of the host may take a minute to make.
+        self.device_bags = DeviceBags(
+            [table for table in tables if table.name in on_device], place.torch_device, is_weighted=is_weighted
+        )
         on_host = [table for table in tables if table.name not in on_device]
         self.host = None
         if on_host:
-            self.host = EmbeddingBagCollection(on_host, output_device=device, output_dtype=output_dtype, **options)
-        self.device_bags = nn.ModuleDict(
-            {table.name: _bags(table, device) for table in tables if table.name in on_device}
-        )
+            self.host = EmbeddingBagCollection(
+                on_host, is_weighted, optimizer=optimizer, output_dtype=output_dtype, output_device=place
+            )
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables, in their order."""
@@ -84,61 +95,27 @@ class PlacedEmbeddingBags(nn.Module):
         """Look up and pool every feature.
 
         Args:
-            features: A KeyedJaggedTensor on the CPU.
+            features: A KeyedJaggedTensor on the CPU, with at least the features of the tables.
 
         Returns:
             A KeyedTensor on the device, its columns in the order of the tables, as of an `EmbeddingBagCollection`.
 
         Raises:
-            IndexError: An id is not a row of its table (on a GPU torch stops the process with an assertion instead).
-            ValueError: Weights of ids, or numbers of bags of their own, for features of the device.
+            IndexError: An id is not a row of its table.
+            ValueError: A feature is missing, ids, offsets or weights cannot be, or features of the device have numbers
+                of bags of their own.
+            TypeError: `features` is no KeyedJaggedTensor, or ids that are not integers.
         """
         keyed_tensor: type[KeyedTensor] = beside(type(features), "KeyedTensor")
+        there = self.device_bags(features)
         pooled = None if self.host is None else self.host(features).values()  # (B, sum of the host's D)
-        if len(self.device_bags) and (features.weights_or_none() is not None or features.variable_stride_per_key()):
-            raise ValueError(
-                "features: expected no weights of ids and as many bags of every feature, as tables are on the device; "
-                "place the tables of such features on the host"
-            )
         columns, at = [], 0
         for table in self._configs:
-            for feature in table.feature_names:
-                if table.name in self.device_bags:
-                    columns.append(self._on_device(table.name, features[feature]))
-                elif pooled is not None:
-                    columns.append(pooled[:, at : at + table.embedding_dim])
-                    at += table.embedding_dim
-        names = [name for of_table in self._names for name in of_table]
+            if table.name in there:
+                columns += [rows.to(self._output_dtype) for rows in there[table.name]]
+            elif pooled is not None:
+                width = table.embedding_dim * len(table.feature_names)
+                columns.append(pooled[:, at : at + width])
+                at += width
         dims = [table.embedding_dim for table in self._configs for _ in table.feature_names]
-        return keyed_tensor(names, dims, torch.cat(columns, dim=1))
-
-    def _on_device(self, table: str, bags: Any) -> Tensor:
-        module = self.device_bags[table]
-        device = next(module.parameters()).device
-        ids, offsets = (tensor.to(device, non_blocking=True) for tensor in (bags.values(), bags.offsets()))
-        pooled: Tensor = module(ids, offsets.to(ids.dtype))
-        return pooled.to(self._output_dtype)
-
-
-def _bags(table: EmbeddingBagConfig, device: torch.device | str) -> nn.EmbeddingBag:
-    stored = row_format(f"data_type of table {table.name!r}", table.data_type)
-    if stored in QUANTIZED:
-        raise ValueError(
-            f"on_device: expected tables of rows that torch has a dtype for, got {stored} in table {table.name!r}; "
-            "place it on the host"
-        )
-    if table.scale_grad_by_freq:
-        raise ValueError(
-            f"on_device: expected tables without scale_grad_by_freq, got it in table {table.name!r}, whose features "
-            "torch would count one by one; place it on the host"
-        )
-    rows = torch.empty(table.num_embeddings, table.embedding_dim, device="cpu")
-    with torch.no_grad():
-        fill(table, rows, 0)
-    return nn.EmbeddingBag(
-        table.num_embeddings,
-        table.embedding_dim,
-        mode=check_pooling(f"pooling of table {table.name!r}", table.pooling),
-        include_last_offset=True,
-        _weight=rows.to(device, TORCH_DTYPES[stored]),
-    )
+        return keyed_tensor(self._names, dims, torch.cat(columns, dim=1))
