@@ -1,6 +1,8 @@
 """Devices: memory that goes round, a stand-in whose arithmetic is the CPU's, and those that are not there."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from clicks import Updates, assert_same_state, click_log, click_model, pipelined, plain_losses
-from dlrm_rs.devices import StandIn
+from dlrm_rs.devices import CPU, StandIn, output_device
+from dlrm_rs.devices.ring import Bytes, Ring, huge_pages
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -48,12 +51,79 @@ def test_a_stand_in_gives_the_bits_of_the_cpu_in_a_plain_loop() -> None:
     assert_same_state(model, other)
 
 
-def test_devices_that_are_not_there_are_refused() -> None:
-    with pytest.raises(ValueError, match="output_device: expected 'cpu' or 'cuda', got 'meta'"):
-        click_model(device="meta")  # type: ignore[arg-type]
+def test_a_loop_on_the_cpu_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots: list[weakref.ref[Bytes]] = []
+
+    def allocate(size: int) -> Bytes:
+        memory = huge_pages(size)
+        slots.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(CPU, "outputs", type(CPU.outputs)(allocate))
+    model, log = click_model(), click_log(40)
+    for _ in range(2):
+        pipelined(model, log)
+    assert 2 <= len(slots) <= 12
+    gc.collect()
+    assert [slot() for slot in slots if slot() is not None] == []
+
+
+def test_a_ring_gives_back_what_is_not_wanted_any_more() -> None:
+    ring = Ring(huge_pages)
+    large = [ring.take((1 << 20,), torch.uint8) for _ in range(3)]
+    del large
+    kept = ring.take((1 << 20,), torch.uint8)
+    for _ in range(1100):
+        small = ring.take((1000,), torch.uint8)
+        del small
+    assert len(ring) == 2  # one for small tensors, and what is kept
+    assert kept.fill_(1).sum() == 1 << 20
+
+
+def test_a_ring_takes_the_smallest_slot_that_does() -> None:
+    ring = Ring(huge_pages)
+    large, small = ring.take((1000,), torch.uint8), ring.take((10,), torch.uint8)
+    address = small.data_ptr()
+    del large, small
+    assert ring.take((9,), torch.uint8).data_ptr() == address
+
+
+@pytest.mark.parametrize("device", ["meta", "tpu", 1.5, "cuda:-3"])
+def test_devices_that_cannot_be_are_refused(device: Any) -> None:
+    with pytest.raises(ValueError, match=f"output_device: expected 'cpu' or 'cuda', got '?{device}"):
+        click_model(device=device)
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="expected a device of this machine, got 'cuda', and no GPU"):
-            click_model(device="cuda")  # type: ignore[arg-type]
+            output_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RuntimeError, match="expected a device of this machine, which has 1, got 'cuda:7'"):
+        output_device("cuda:7")
+
+
+@pytest.mark.parametrize("name", ["latency", "bandwidth", "rest"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-1, ValueError, "expected a .*number .* 0, got -1"),
+        (float("nan"), ValueError, "expected a .*number .* 0, got nan"),
+        ("a", TypeError, "expected a number, got 'a'"),
+        (None, TypeError, "expected a number, got None"),
+    ],
+)
+def test_speeds_that_cannot_be_are_refused(name: str, value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"{name}: {message}"):
+        StandIn(**{"latency": 0.0, name: value})
+
+
+def test_a_stand_in_that_never_ends_is_refused() -> None:
+    with pytest.raises(ValueError, match="latency: expected a finite number of at least 0, got inf"):
+        StandIn(float("inf"))
+    with pytest.raises(ValueError, match="bandwidth: expected a number above 0, got 0"):
+        StandIn(0.0, bandwidth=0)
 
 
 def test_a_model_with_an_output_device_is_copied_and_pickled(tmp_path: Path) -> None:

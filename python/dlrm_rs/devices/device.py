@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dlrm_rs.devices.ring import Ring, huge_pages, pinned
+from dlrm_rs.devices.clock import EventClock, Zero
+from dlrm_rs.devices.ring import Ring, RingPerThread, huge_pages, pinned
 
 __all__ = ["CPU", "CpuDevice", "CudaDevice", "Device", "Fetched", "Mark", "Moment", "Sent", "Span", "output_device"]
 
@@ -84,12 +85,16 @@ class Device(abc.ABC):
 
 
 class CpuDevice(Device):
-    """The CPU itself: nothing is copied."""
+    """The CPU itself: nothing is copied.
+
+    All collections share it. So every thread that looks tables up has a ring of its own, as that of a pipeline's loop,
+    which goes when the loop ends.
+    """
 
     torch_device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.outputs = Ring(huge_pages)
+        self.outputs = RingPerThread(huge_pages)
 
     def send(self, rows: Tensor) -> Sent:
         """The rows are there already."""
@@ -162,12 +167,17 @@ class CudaDevice(Device):
         self._gradients = Ring(pinned)
         self._there = torch.cuda.Stream(self.torch_device)
         self._back = torch.cuda.Stream(self.torch_device)
-        # What events are timed against: the host's clock at a moment when the GPU was idle.
-        self._zero = torch.cuda.Event(enable_timing=True)
+        idle = torch.cuda.Stream(self.torch_device)
+
+        def record() -> torch.cuda.Event:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(idle)
+            return event
+
         torch.cuda.synchronize(self.torch_device)
-        self._zero.record(torch.cuda.current_stream(self.torch_device))
-        self._zero.synchronize()
-        self._zero_time = time.perf_counter()
+        first = record()
+        first.synchronize()
+        self._clock = EventClock(record, Zero(first, time.perf_counter()))
 
     def send(self, rows: Tensor) -> Sent:
         """Copy on the stream that leads there."""
@@ -194,63 +204,53 @@ class CudaDevice(Device):
             copied.record(self._back)
         converted.record_stream(self._back)
         self._gradients.keep(host, lambda: not copied.query())
-        return _Copied(self, host, copied, sent.begun, computed)
+        return _Copied(host, copied, sent.begun, _Marked(sent.begun.zero, computed))
 
-    def mark(self) -> Mark:
+    def mark(self) -> _Marked:
         """The end of what the current stream has."""
+        zero = self._clock.zero()
         event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record(torch.cuda.current_stream(self.torch_device))
-        return _Marked(self, event)
+        return _Marked(zero, event)
 
     def synchronize(self) -> None:
         """Wait for the current stream."""
         torch.cuda.current_stream(self.torch_device).synchronize()
 
-    def time(self, event: torch.cuda.Event) -> float:
-        """When an event happened that has happened."""
-        since_zero: float = self._zero.elapsed_time(event)  # in milliseconds
-        return self._zero_time + since_zero / 1e3
-
 
 class _Marked:
-    def __init__(self, device: CudaDevice, event: torch.cuda.Event) -> None:
-        self._device, self._event = device, event
+    def __init__(self, zero: Zero, event: torch.cuda.Event) -> None:
+        self.zero, self._event = zero, event
 
     def time(self) -> float:
         self._event.synchronize()
-        return self._device.time(self._event)
+        return self.zero.time(self._event)
 
 
 class _OnStream:
+    begun: _Marked
+
     def __init__(self, device: CudaDevice, rows: Tensor, copied: torch.cuda.Event) -> None:
         self._device, self._rows, self._copied = device, rows, copied
-        self.begun = torch.cuda.Event(enable_timing=True)
 
     def tensor(self) -> Tensor:
         current = torch.cuda.current_stream(self._device.torch_device)
         current.wait_event(self._copied)
         self._rows.record_stream(current)
-        self.begun.record(current)
+        self.begun = self._device.mark()
         return self._rows
 
 
 class _Copied:
-    def __init__(
-        self,
-        device: CudaDevice,
-        host: Tensor,
-        copied: torch.cuda.Event,
-        begun: torch.cuda.Event,
-        computed: torch.cuda.Event,
-    ) -> None:
-        self._device, self._host, self._copied, self._begun, self._computed = device, host, copied, begun, computed
+    def __init__(self, host: Tensor, copied: torch.cuda.Event, begun: _Marked, computed: _Marked) -> None:
+        self._host, self._copied, self._begun, self._computed = host, copied, begun, computed
 
     def wait(self) -> Tensor:
         self._copied.synchronize()
         return self._host
 
     def span(self) -> Span:
-        return self._device.time(self._begun), self._device.time(self._computed)
+        return self._begun.time(), self._computed.time()
 
 
 def output_device(device: Device | torch.device | str | int | None) -> Device:
@@ -262,11 +262,19 @@ def output_device(device: Device | torch.device | str | int | None) -> Device:
     """
     if isinstance(device, Device):
         return device
-    wanted = torch.device("cpu" if device is None else device)
+    try:
+        wanted = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"output_device: expected 'cpu' or 'cuda', got {device!r}") from error
     if wanted.type == "cpu":
         return CPU
-    if wanted.type == "cuda":
-        if not torch.cuda.is_available():
-            raise RuntimeError(f"output_device: expected a device of this machine, got {str(device)!r}, and no GPU")
-        return CudaDevice(wanted)
-    raise ValueError(f"output_device: expected 'cpu' or 'cuda', got {str(device)!r}")
+    if wanted.type != "cuda":
+        raise ValueError(f"output_device: expected 'cpu' or 'cuda', got {str(device)!r}")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"output_device: expected a device of this machine, got {str(device)!r}, and no GPU")
+    if (wanted.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"output_device: expected a device of this machine, which has {torch.cuda.device_count()}, got "
+            f"{str(device)!r}"
+        )
+    return CudaDevice(wanted)

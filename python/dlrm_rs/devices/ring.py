@@ -1,7 +1,8 @@
 """Host memory that is used over and over: written by the engine, read by a copy to the device, and written again.
 
 A slot is free again when nothing looks at its memory any more: no tensor made of it, and no copy that has begun. So a
-tensor from a ring may be kept for as long as one likes, and after a few steps nothing is allocated any more.
+tensor from a ring may be kept for as long as one likes, and after a few steps nothing is allocated any more. A free
+slot that free and has not been wanted for some steps gives its memory back, and with a ring go all that nothing looks at.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Bytes", "Ring", "huge_pages", "pinned"]
+__all__ = ["Bytes", "Ring", "RingPerThread", "huge_pages", "pinned"]
 
 Bytes = NDArray[np.uint8]
 
 _HUGE_PAGE = 2 << 20
+
+# A free slot goes when it has not been wanted in so many takes: more than some steps have, whatever their collections.
+_UNWANTED = 1000
 
 
 class Ring:
@@ -45,6 +49,7 @@ class Ring:
     def __init__(self, allocate: Callable[[int], Bytes]) -> None:
         self._allocate = allocate
         self._slots: list[_Slot] = []
+        self._takes = 0
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -52,13 +57,19 @@ class Ring:
         size = prod(shape) * dtype.itemsize
         with self._lock:
             free = [slot for slot in self._slots if slot.is_free()]
-            slot = next((slot for slot in free if len(slot.memory) >= size), None)
+            fitting = [slot for slot in free if len(slot.memory) >= size]
+            # The smallest: a larger one may then be unwanted.
+            slot = min(fitting, key=lambda slot: len(slot.memory), default=None)
             if slot is None:
                 # Batches have grown, or more tensors are kept: a free slot that is too small makes place.
                 if free:
                     self._slots.remove(free[0])
                 slot = _Slot(self._allocate(max(size, 1)))
                 self._slots.append(slot)
+            self._takes += 1
+            slot.taken_at = self._takes
+            unwanted = [one for one in free if self._takes - one.taken_at > _UNWANTED]
+            self._slots = [one for one in self._slots if one not in unwanted]
             return slot.tensor(size).view(dtype).view(shape)
 
     def keep(self, tensor: Tensor, is_busy: Callable[[], bool]) -> None:
@@ -77,9 +88,14 @@ class Ring:
         return len(self._slots)
 
 
+class RingPerThread(Ring, threading.local):
+    """A ring of its own for every thread, which goes with the thread."""
+
+
 class _Slot:
     def __init__(self, memory: Bytes) -> None:
         self.memory = memory
+        self.taken_at = 0
         self.address: int = memory.ctypes.data
         self.is_busy: Callable[[], bool] = _never
         self._view: weakref.ref[Bytes] | None = None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlrm_rs.arguments import check_number
 from dlrm_rs.devices.device import Device, Fetched, Mark, Moment, Sent, Span
 from dlrm_rs.devices.ring import Ring, huge_pages
 
@@ -36,6 +37,10 @@ class StandIn(Device):
     Attributes:
         busy: Seconds that it has worked.
 
+    Raises:
+        ValueError: Seconds that are negative, NaN or infinite, or a bandwidth that is not above 0.
+        TypeError: One that is not a number.
+
     Example:
         >>> import dlrm_rs
         >>> from dlrm_rs.devices import StandIn
@@ -51,9 +56,11 @@ class StandIn(Device):
     torch_device = torch.device("cpu")
 
     def __init__(self, latency: float, bandwidth: float = float("inf"), rest: float = 0.0, copies: bool = True) -> None:
+        self._latency, self._rest = check_number("latency", latency), check_number("rest", rest)
+        self._bandwidth = check_number("bandwidth", bandwidth, is_positive=True, can_be_infinite=True)
+        self._copies = copies
         self.outputs = Ring(huge_pages)
         self._memory, self._gradients = Ring(huge_pages), Ring(huge_pages)
-        self._latency, self._bandwidth, self._rest, self._copies = latency, bandwidth, rest, copies
         self._there, self._back = (ThreadPoolExecutor(1, f"stand-in-{way}") for way in ("there", "back"))
         self._free_at = 0.0
         self.busy = 0.0
