@@ -2,7 +2,7 @@
 
 A slot is free again when nothing looks at its memory any more: no tensor made of it, and no copy that has begun. So a
 tensor from a ring may be kept for as long as one likes, and after a few steps nothing is allocated any more. A free
-slot that free and has not been wanted for some steps gives its memory back, and with a ring go all that nothing looks at.
+slot that has not been wanted for some steps gives its memory back, and with a ring go all that nothing looks at.
 """
 
 from __future__ import annotations
