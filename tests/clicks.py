@@ -1,7 +1,7 @@
 """A small model of clicks, its training in a plain loop and in a pipeline, and what training changes."""
 
 from collections.abc import Generator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def pipelined(model: nn.Module, log: Any, **options: Any) -> list[float]:
 
 def loop(pipeline: Pipeline) -> Generator[Tensor]:
     """The losses, to be asked for one by one and left."""
-    return cast(Generator[Tensor], iter(pipeline))
+    return iter(pipeline)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

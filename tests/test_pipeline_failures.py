@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from clicks import (
     pipelined,
     plain_losses,
     state,
+    trained,
 )
 from dlrm_rs import Pipeline
 from dlrm_rs.data import Batch
@@ -205,6 +209,139 @@ def test_ctrl_c_ends_the_loop_after_a_whole_step(where: str) -> None:
     plain_losses(plain, log[:4])
     assert_same_state(model, plain)
     assert threads() == []
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("thread", ["dlrm-rs-loader", "dlrm-rs-tables"])
+@pytest.mark.parametrize("is_running", [False, True])
+def test_ctrl_c_while_the_loop_begins_leaves_the_model_free(
+    monkeypatch: pytest.MonkeyPatch, thread: str, is_running: bool
+) -> None:
+    model, plain, log = click_model(), click_model(), click_log(4)
+    start = threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        if self.name != thread or is_running:
+            start(self)
+        if self.name == thread:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipelined(model, log)
+    monkeypatch.undo()
+    assert threads() == []
+    assert pipelined(model, log) == plain_losses(plain, log)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("is_left", [False, True])
+def test_ctrl_c_while_the_loop_is_being_left_waits_for_the_last_update(
+    monkeypatch: pytest.MonkeyPatch, is_left: bool
+) -> None:
+    model, plain, log = click_model(), click_model(), click_log(5)
+    update = Visit.update
+    leaving = threading.Event()
+
+    def late_update(visit: Visit, *part: Any) -> None:
+        if visit.is_of(log[2].sparse):
+            leaving.wait(60)
+            time.sleep(0.1)  # by now the user's thread waits
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        update(visit, *part)
+
+    def leave() -> None:
+        for number, _ in enumerate(Pipeline(model, dense_adam(model), log)):
+            if number == 2:
+                leaving.set()
+                break
+        time.sleep(60)  # where it comes when nothing of the loop is left
+
+    monkeypatch.setattr(Visit, "update", late_update)
+    losses = loop(Pipeline(model, dense_adam(model), log))
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        if is_left:
+            leave()
+        for _ in range(3):
+            next(losses)
+        leaving.set()
+        losses.close()
+        time.sleep(60)
+    monkeypatch.undo()
+    assert threads() == []
+    trained(plain, dense_adam(plain), log[:3])
+    assert_same_state(model, plain)
+    assert pipelined(model, log)
+
+
+def test_a_loader_that_is_left_can_be_gone_on_with() -> None:
+    """A generator cannot be asked for a batch while another thread waits for one."""
+    ended = threading.Event()
+
+    def loader() -> Iterator[Batch]:
+        try:
+            for batch in click_log(12):
+                time.sleep(0.03)
+                yield batch
+        finally:
+            ended.set()
+
+    model, batches = click_model(), loader()
+    for number, _ in enumerate(Pipeline(model, dense_adam(model), batches)):
+        if number == 2:
+            break
+    assert len([thread for thread in threading.enumerate() if thread.name.startswith("dlrm-rs-")]) == 0
+    assert 4 <= len(pipelined(model, batches)) <= 9  # without those that had been loaded ahead
+    ended.clear()
+    for _ in Pipeline(model, dense_adam(model), loader()):
+        break
+    assert ended.is_set()  # with the last that held it
+
+
+ABANDONED = """
+import sys, torch
+torch.set_num_threads(1)
+from clicks import click_log, click_model, dense_adam
+from dlrm_rs import Pipeline
+from dlrm_rs.devices import StandIn
+
+model = click_model(device=StandIn(0.7))
+losses = iter(Pipeline(model, dense_adam(model), click_log(9), updates=sys.argv[1]))
+next(losses)
+raise ValueError("the user's")
+"""
+
+
+@pytest.mark.parametrize("updates", ["exact", "stale"])
+def test_an_interpreter_that_ends_inside_of_a_loop_ends_as_it_should(updates: Updates) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    run = [sys.executable, "-c", ABANDONED, updates]
+    ended = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.endswith("ValueError: the user's\n")
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_inside_of_a_loop_has_a_model_of_its_own() -> None:
+    model, plain, log = click_model(), click_model(), click_log(6)
+    losses = loop(Pipeline(model, dense_adam(model), log))
+    expected = plain_losses(plain, log)
+    first = next(losses).item()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            torch.set_num_threads(1)
+            with torch.no_grad():
+                click_loss(model, log[3]).item()
+            with pytest.raises(RuntimeError, match="got one in a fork of it"):
+                next(losses)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [first, *(loss.item() for loss in losses)] == expected
 
 
 def test_a_failing_update_reaches_the_loop() -> None:

@@ -1,14 +1,18 @@
 """What a model and a user do inside of a pipeline's loop beside training on its batches."""
 
-from collections.abc import Callable, Iterable
+import copy
+import queue
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from clicks import click_log, click_model, dense_adam, trained
+from clicks import Updates, assert_same_state, click_log, click_model, dense_adam, trained
 from dlrm_rs import DLRM, EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, Pipeline
+from dlrm_rs.data import Batch
 from dlrm_rs.devices import StandIn
 from dlrm_rs.optim import SGD
 
@@ -118,3 +122,54 @@ def test_lookups_by_ids_and_offsets_see_whole_steps_and_are_not_trained(latency:
 def lookup(model: DLRM, ids: Tensor, offsets: Tensor) -> Tensor:
     assert isinstance(model.embeddings, EmbeddingBagCollection)
     return model.embeddings.lookup(ids, offsets)
+
+
+@pytest.mark.parametrize("updates", ["exact", "stale"])
+@pytest.mark.parametrize("wait", ["synchronize", "state_dict"])
+def test_to_wait_for_updates_is_not_to_wait_for_the_next_batch(updates: Updates, wait: str) -> None:
+    """The loop makes it."""
+    log, given = click_log(6), queue.Queue[Batch | None]()
+
+    def loader() -> Iterator[Batch]:
+        while (batch := given.get(timeout=60)) is not None:
+            yield batch
+
+    given.put(log[0])
+    plain, model = click_model(), click_model()
+    optimizer = dense_adam(plain)
+    pipeline = Pipeline(model, dense_adam(model), loader(), updates=updates)
+    for number, _ in enumerate(pipeline, 1):
+        trained(plain, optimizer, log[number - 1 : number])
+        if wait == "synchronize":
+            pipeline.synchronize()
+        assert_same_state(model, plain)  # by its state_dict
+        given.put(log[number] if number < len(log) else None)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "deepcopy of the optimizer", "save", "save of a module"])
+def test_copies_made_inside_of_the_loop_are_of_whole_steps(tmp_path: Path, way: str) -> None:
+    log, model, plain = click_log(6), click_model(device=StandIn(0.02)), click_model()
+    optimizer = dense_adam(plain)
+    for number, _ in enumerate(Pipeline(model, dense_adam(model), log)):
+        trained(plain, optimizer, [log[number]])
+        assert isinstance(model.embeddings, EmbeddingBagCollection)
+        if way == "deepcopy":
+            assert_same_state(copy.deepcopy(model), plain)
+        elif way == "save":
+            torch.save(model, tmp_path / "model.pt")
+            assert_same_state(torch.load(tmp_path / "model.pt", weights_only=False), plain)
+        elif way == "save of a module":
+            torch.save(model.embeddings.embedding_bags, tmp_path / "bags.pt")
+            loaded = torch.load(tmp_path / "bags.pt", weights_only=False).state_dict()
+            expected = plain.get_submodule("embeddings.embedding_bags").state_dict()
+            assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+        else:
+            assert isinstance(plain.embeddings, EmbeddingBagCollection)
+            assert plain.embeddings.fused_optimizer is not None
+            copied_optimizer = copy.deepcopy(model.embeddings.fused_optimizer)
+            assert copied_optimizer is not None
+            sums = copied_optimizer.state_dict()["state"]
+            expected = plain.embeddings.fused_optimizer.state_dict()["state"]
+            assert all(torch.equal(sums[t][name], expected[t][name]) for t in expected for name in expected[t])
+    copied = copy.deepcopy(model)
+    assert trained(copied, dense_adam(copied), log) == trained(model, dense_adam(model), log)

@@ -99,6 +99,42 @@ def test_synchronize_waits_for_what_is_trained_beside_frozen_tables() -> None:
     assert pipeline.summary().steps == 6
 
 
+class Sometimes(Two):
+    """Looks up the second collection for every third batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, sparse: dlrm_rs.KeyedJaggedTensor) -> Tensor:
+        self.calls += 1
+        first = self.first(sparse).values()
+        second = self.second(sparse).values() if self.calls % 3 == 0 else first.new_zeros(len(first), 8)
+        logits: Tensor = self.top(torch.cat([first, second], 1)).squeeze(1)
+        return logits
+
+
+@pytest.mark.parametrize("seen", ["synchronize", "state_dict", "lookup"])
+def test_a_collection_that_is_not_called_keeps_nobody_from_the_updates_of_the_others(seen: str) -> None:
+    log, model, plain = click_log(9), Sometimes(), Sometimes()
+    optimizer, plain_optimizer = sgd(model), sgd(plain)
+    pipeline = Pipeline(model, None, log[1:])
+    for batch in pipeline.batches():
+        for one, step in ((model, optimizer), (plain, plain_optimizer)):
+            step.zero_grad()
+            loss(one, batch).backward()
+            step.step()
+        if seen == "synchronize":
+            pipeline.synchronize()
+        elif seen == "lookup":
+            with torch.no_grad():
+                assert torch.equal(model.first(log[0].sparse).values(), plain.first(log[0].sparse).values())
+        got = model.state_dict() if seen == "state_dict" else dict(model.named_parameters())
+        if seen != "lookup":
+            assert all(torch.equal(got[name], parameter) for name, parameter in plain.named_parameters())
+    assert pipeline.summary().steps == 8
+
+
 @pytest.mark.parametrize("stage", ["prepare", "lookup", "update"])
 def test_the_summary_counts_what_the_device_waits_for(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     seconds = 0.05

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from dlrm_rs.named_tables import NamedTables, beside
 from dlrm_rs.optim import OptimizerSpec
 from dlrm_rs.table_configs import EmbeddingBagConfig
 from dlrm_rs.variable_batch import expand, fill_up
-
-if TYPE_CHECKING:
-    from dlrm_rs.pipeline.lane import Lane
 
 __all__ = ["EmbeddingBagCollection", "LookupCall"]
 
@@ -98,8 +95,6 @@ class EmbeddingBagCollection(NamedTables):
 
     embedding_bags: nn.ModuleDict
     _holders = "embedding_bags"
-    # In a pipeline, which looks up ahead of the model.
-    _lane: Lane | None = None
 
     def __init__(
         self,
@@ -136,7 +131,8 @@ class EmbeddingBagCollection(NamedTables):
             RuntimeError: In a `Pipeline`'s loop, where other features than the batch's are to be trained.
         """
         keyed_tensor: type[KeyedTensor] = beside(type(features), "KeyedTensor")
-        values = None if self._lane is None else self._lane.take(features)
+        lane = self._tables.lane  # of a pipeline, which looks up ahead of the model
+        values = None if lane is None else lane.take(features)
         if values is None:
             values = self._pooled(*self._of(features))
         inverse = features.inverse_indices_or_none()
@@ -173,8 +169,8 @@ class EmbeddingBagCollection(NamedTables):
             >>> collection.lookup(torch.tensor([0, 1, 3]), torch.tensor([0, 2, 3])).detach()
             tensor([[2., 1.]])
         """
-        if self._lane is not None:
-            self._lane.look_up_beside("indices")
+        if self._tables.lane is not None:
+            self._tables.lane.look_up_beside("indices")
         return self._pooled("indices", indices, "offsets", offsets, per_sample_weights)
 
     def _lookup_call(self, features: KeyedJaggedTensor) -> LookupCall:

@@ -58,6 +58,10 @@ class OwnsTables(nn.Module):
         """
         return {table.name: name for table, name in zip(self._tables.tables, self._tables.row_formats, strict=True)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._tables.settle()  # the rows go along
+        return self.__dict__
+
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(
             f"torch.jit.script: expected modules that TorchScript can compile, got {type(self).__name__}, whose rows "
@@ -147,6 +151,7 @@ class HoldsWeight(nn.Module):
             >>> again(torch.tensor([[1]]))
             tensor([[ 2.,  2.,  8., 32.]])
         """
+        self._tables.settle()
         self._tables.weights()  # what the user has put into a buffer is to be in the engine
         return torch.from_numpy(self._tables.handle.pack(self._table, layout, row_alignment))
 
@@ -175,7 +180,12 @@ class HoldsWeight(nn.Module):
         self._tables.swap(self._table, rows, row_format)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._tables.settle()  # the rows go along
+        return self.__dict__
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._tables.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in (STAND_IN, MARK):
             destination.pop(f"{prefix}{name}", None)
@@ -194,6 +204,7 @@ class HoldsWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._tables.settle()
         here = {key[len(prefix) :]: key for key in state_dict if key.startswith(f"{prefix}weight")}
         parts = {key.removeprefix("weight_"): state_dict[name] for key, name in here.items() if key != "weight"}
         row_format = self._tables.row_formats[self._table]

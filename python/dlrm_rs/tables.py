@@ -37,6 +37,7 @@ from dlrm_rs.row_formats import METHODS, QUANTIZED, TORCH_DTYPES, as_array, as_t
 
 if TYPE_CHECKING:
     from dlrm_rs.operators.sharing import Sharing
+    from dlrm_rs.pipeline.lane import Lane
 
 __all__ = ["MARK", "STAND_IN", "Displaced", "EmbeddingTables", "FeatureSpec", "TableSpec"]
 
@@ -99,6 +100,7 @@ class EmbeddingTables:
         output_device: Where pooled rows go.
         width: As of `Layout`, and so are `pooled` and `pools_by_max`.
         sharing: How processes that have the same tables update them; None where they are this process's own.
+        lane: That of a pipeline, which looks up ahead and updates late; None outside of its loop.
 
     Raises:
         TypeError: A weight is not of a floating dtype, or `optimizer` is not one of `dlrm_rs.optim`.
@@ -110,6 +112,7 @@ class EmbeddingTables:
     memory: Memory
     layout: str
     sharing: Sharing | None = None
+    lane: Lane | None = None
 
     def __init__(
         self,
@@ -226,6 +229,11 @@ class EmbeddingTables:
                 if layouts != self.memory.layouts:  # no other thread was here first
                     self._adopt(weights, layouts)
         return weights
+
+    def settle(self) -> None:
+        """Wait for the update that a pipeline may still be at, as rows are to be read or changed but by a lookup."""
+        if self.lane is not None:
+            self.lane.settle()
 
     def tied(self) -> list[nn.Parameter]:
         """What ties lookups of every table into a graph of autograd: `weights()`, wherever they are."""
@@ -414,6 +422,7 @@ class EmbeddingTables:
         self._put(table, displaced)
 
     def _put(self, table: int, new: Displaced) -> Displaced:
+        self.settle()
         self._show(table)  # what the user has put in the place of a buffer is of no use any more
         self.weights()  # what the user has put into a weight is to be in the engine, for it leaves with the rows
         return self._place(table, new)
@@ -450,6 +459,7 @@ class EmbeddingTables:
 
     def add_hot_rows(self, table: int, share: float) -> None:
         """Have a table of codes keep a share of its rows in fp32 from now on: none of them yet, and none before."""
+        self.settle()
         self.weights()  # what the user has put into a buffer is to be in the engine
         self.hot_rows[table] = share
         self._keep_hot(self.handle, table)
@@ -463,6 +473,7 @@ class EmbeddingTables:
         Raises:
             ValueError: They have numbers that the row format cannot hold.
         """
+        self.settle()
         if source.dtype is TORCH_DTYPES.get(self.row_formats[table]):
             self.weights()[table].detach().copy_(source.detach())
         else:
@@ -477,6 +488,7 @@ class EmbeddingTables:
             whole: Whether `fill` wants all rows at once.
         """
         self.check_unshared("reset_parameters: cannot fill; do so before the tables are shared")
+        self.settle()
         _, num_embeddings, embedding_dim, _ = self.tables[table]
         with torch.no_grad():
             if self.row_formats[table] not in QUANTIZED:
@@ -490,6 +502,7 @@ class EmbeddingTables:
 
     def drop_optimizer(self) -> None:
         """Give the fused optimizer and its state up."""
+        self.settle()
         if self.optimizer is not None:
             self.handle.clear_optimizer()
             self.memory.find_states()
@@ -527,7 +540,8 @@ class EmbeddingTables:
     def __getstate__(self) -> dict[str, Any]:
         # The memory stays behind: weights, buffers and the optimizer's state are copied by the modules that hold them.
         # A copy is its process's own.
-        return {name: value for name, value in self.__dict__.items() if name not in ("memory", "key", "sharing")}
+        left = ("memory", "key", "sharing", "lane")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -557,6 +571,7 @@ class EmbeddingTables:
             rows are kept in fp32, `W` at most, `"hot_rows"`, `(W, D)` float32, `"hot_ids"`, `(W,)` int64, their numbers
             or -1, and `"hot_counts"`, `(W,)` uint8, how often each was touched lately.
         """
+        self.settle()
         self.weights()  # what the user has put into a buffer is to be in the engine
         parts = self.memory.parts[table]
         names = (name.removeprefix("weight_") for name in part_names(parts))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from dlrm_rs.optim.specs import OptimizerSpec
 from dlrm_rs.optim.waiting import Waiting, new_gate
+
+if TYPE_CHECKING:
+    from dlrm_rs.pipeline.lane import Lane
 
 __all__ = ["FusedOptimizer"]
 
@@ -46,6 +49,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # The engine's state; none in a copy that was made without its module, which then holds plain copies.
     _views: Sequence[Mapping[str, Tensor]] = ()
     _waiting: Waiting | None = None
+    # That of a pipeline, which updates late; None outside of its loop.
+    lane: Lane | None = None
 
     def __init__(
         self,
@@ -218,6 +223,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the hyperparameters, of the tables alone."""
+        self._settle()
         state_dict = super().state_dict()
         if self.gate is not None:
             state_dict["param_groups"][-1]["params"].pop()
@@ -233,6 +239,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: It is of another optimizer or of other tables, or its `"step"` or `"seed"` is no count; nothing
                 has changed then.
         """
+        self._settle()
         groups, state = self.param_groups, self.state
         loaded: list[dict[str, Any]] = []
         hook = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
@@ -248,6 +255,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
         finally:
             hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return super().__getstate__()
+
+    def _settle(self) -> None:
+        """Wait for the update that a pipeline may still be at."""
+        if self.lane is not None:
+            self.lane.settle()
 
     def _take_exactly(self, state_dict: Mapping[str, Any]) -> None:
         """Make the state that of a checkpoint once more: torch has brought it to the dtype of the rows."""

@@ -47,10 +47,27 @@ class Lane:
         self.name = name
         self.collection = collection
         self.run = run
-        optimizer = collection.fused_optimizer
+        optimizer = self._optimizer = collection.fused_optimizer
         # Also where the optimizer was made to refuse them.
         self.check_finite = check_finite or (optimizer is not None and optimizer.check_finite)
         self.visit: Visit | None = None
+
+    def attach(self) -> None:
+        """Have the tables and their optimizer ask here what is under way."""
+        self.collection._tables.lane = self
+        if self._optimizer is not None:
+            self._optimizer.lane = self
+
+    def detach(self) -> None:
+        """Leave them as they were."""
+        self.visit = None
+        self.collection._tables.lane = None
+        if self._optimizer is not None:
+            self._optimizer.lane = None
+
+    def settle(self) -> None:
+        """Wait until the tables have the update of every gradient that has been left."""
+        self.run.settle()
 
     def mark(self) -> Mark:
         """The end of what the device has to do now."""
@@ -83,7 +100,7 @@ class Lane:
                 "is in one, got others, or with other weights or bags; tell the pipeline what the collection is called "
                 "with (features=), or look up under torch.no_grad()"
             )
-        self.run.settle()
+        self.settle()
 
 
 class Visit:
@@ -187,7 +204,7 @@ class Visit:
         Raises:
             FloatingPointError: It has an infinity or a NaN, and that is to be refused, or its norm is to be clipped.
         """
-        if self._gradient is None:
+        if self._gradient is None or self._is_updated:
             return
         grad = self._gradient.wait()
         if self.lane.check_finite and not torch.isfinite(grad).all():
@@ -205,7 +222,7 @@ class Visit:
 
     def update(self, overlap: Overlap | None = None, part: str | None = None) -> None:
         """Update all rows by the gradient, or those on one side of the overlap of this batch with the next; once."""
-        if self._gradient is None or not self.is_trained or part in self._updated:
+        if self._gradient is None or self._is_updated or part in self._updated:
             return
         try:
             self._prepared.update(self._argmax_array(), self._grad, self._factor, self._groups, overlap, part)
@@ -258,6 +275,15 @@ class Visit:
     def is_left(self) -> bool:
         """Whether the gradient has been left."""
         return self._gradient is not None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the gradient has been left, and the tables have not had all of it."""
+        return self.is_left and not self._is_updated
+
+    @property
+    def _is_updated(self) -> bool:
+        return None in self._updated or "apart" in self._updated  # shared rows come first
 
     def _leave(self, rows: Tensor) -> None:
         assert rows.grad is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from torch.utils.data import Dataset
 from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.pipeline.parting import Trials
-from dlrm_rs.pipeline.run import Run
+from dlrm_rs.pipeline.run import PATIENCE, Run
 from dlrm_rs.pipeline.split_backward import SplitBackward, linear_layers
 from dlrm_rs.pipeline.timeline import Summary, Timeline
 
 __all__ = ["Pipeline"]
+
+T = TypeVar("T")
 
 
 class Pipeline:
@@ -41,8 +44,11 @@ class Pipeline:
     much is parted in this way is found by trial, since parting is work.) Stale: batch `i + 1` is looked up before the
     update by batch `i`, so rows are one step old; nothing is waited for.
 
-    Inside the loop the last update may still be running. A `state_dict`, and a lookup under `torch.no_grad`, wait for
-    it; before a look at a `weight` itself, call `synchronize`. When the loop ends, however it does, all is done.
+    Inside the loop the last update may still be running. Checkpoints and copies (`state_dict`, `load_state_dict`,
+    `copy.deepcopy`, `torch.save`), `dlrm_rs.quantize`, and lookups under `torch.no_grad` wait for it; before a look at
+    a `weight` itself, call `synchronize`. Where stale updates are waited for, a next batch that has not been looked up
+    yet sees them. When the loop ends, however it does, all is done; batches that have been loaded ahead are lost then,
+    and the one that is being loaded is waited for, two seconds at most.
 
     Args:
         model: The model.
@@ -119,7 +125,7 @@ class Pipeline:
         self._run: Run | None = None
         self._timeline = Timeline(None)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Generator[Tensor]:
         """Train, and give the loss of every step.
 
         Raises:
@@ -128,13 +134,7 @@ class Pipeline:
         """
         if self._optimizer is None:
             raise ValueError("dense_optimizer: expected an optimizer, got None; without one use batches()")
-        with closing(self.batches()) as batches:
-            for batch in batches:
-                self._optimizer.zero_grad()
-                loss = self._loss(self._model, batch)
-                loss.backward()
-                self._optimizer.step()
-                yield loss.detach()
+        return self._each(self._train)
 
     def batches(self) -> Generator[Any]:
         """Give every batch, its rows being looked up, for a loop that runs the model and its backward.
@@ -145,10 +145,21 @@ class Pipeline:
             RuntimeError: A loop over this pipeline, or another over the same tables, is running.
             Exception: What failed in a thread, as it was raised there; the note says where.
         """
+        return self._each(lambda batch: batch)
+
+    def _train(self, batch: Any) -> Tensor:
+        assert self._optimizer is not None
+        self._optimizer.zero_grad()
+        loss = self._loss(self._model, batch)
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    def _each(self, do: Callable[[Any], T]) -> Generator[T]:
         if self._run is not None:
             raise RuntimeError("batches: expected one loop over a pipeline at a time, got a second")
         self._timeline = Timeline(self._profile)
-        run = self._run = Run(
+        run = Run(
             self._collections,
             self._loader,
             self._named_features,
@@ -158,18 +169,35 @@ class Pipeline:
             prefetch=self._prefetch,
             check_finite=self._check_finite,
         )
-        split = SplitBackward(linear_layers(self._model) if self._is_split else [])
+        patience, is_left, interrupt, split = 0.0, False, False, None
         try:
+            self._run = run
+            split = SplitBackward(linear_layers(self._model) if self._is_split else [])
+            run.start()
             while (step := run.next()) is not None:
                 split.begin()
-                yield step.batch
+                yield do(step.batch)
+            patience = PATIENCE
+        except GeneratorExit:
+            patience, is_left = PATIENCE, True  # whoever leaves the loop may go on with its loader
+            raise
         finally:
-            self._run = None
-            split.remove()
             try:
-                run.close()
+                while True:
+                    try:
+                        run.close(patience)
+                        break
+                    except KeyboardInterrupt:  # the tables are in use until it has ended
+                        patience, interrupt = 0.0, True
             finally:
+                self._run = None
+                if split is not None:
+                    split.remove()
                 self._timeline.write()
+            if interrupt and not is_left:
+                raise KeyboardInterrupt
+            if interrupt:
+                _interrupt_soon()
 
     def synchronize(self) -> None:
         """Wait until the tables have the update of every batch whose backward has run."""
@@ -188,6 +216,13 @@ class Pipeline:
         if missing:
             raise ValueError(f"features: expected those of {list(self._collections)}, got none of {missing}")
         return features
+
+
+def _interrupt_soon() -> None:
+    """Interrupt the main thread when a generator has been dropped: what is raised while it is Python only prints."""
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(0.01, signal.pthread_kill, [main, signal.SIGINT]).start()
 
 
 def click_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -17,75 +17,38 @@ have been left, so the tables are as they were after one batch or another, never
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakSet
 
-from torch.utils.hooks import RemovableHandle
-
-from dlrm_rs._dlrm_rs import Overlap
 from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.devices.device import Mark
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.pipeline.lane import Lane, Visit
 from dlrm_rs.pipeline.parting import Parting, Trials
+from dlrm_rs.pipeline.step import Step
 from dlrm_rs.pipeline.timeline import Timeline
 
-__all__ = ["Run", "Step"]
+__all__ = ["PATIENCE", "Run"]
 
 _END = object()
+
+# Seconds for which a loop that is left waits for the batch that is being loaded.
+PATIENCE = 2.0
 
 
 class _EndedError(Exception):
     """The failure is kept; the table thread has nothing more to begin."""
 
 
-class Step:
-    """A batch on its way.
-
-    Args:
-        number: Counted from 0.
-        batch: As the loader gave it.
-        visits: Of every lane.
-    """
-
-    def __init__(self, number: int, batch: Any, visits: list[Visit]) -> None:
-        self.number = number
-        self.batch = batch
-        self.visits = visits
-        # The ends of the devices' queues when the user asked for it, and when he had it.
-        self.asked: list[Mark] = []
-        self.given_at = 0.0
-        # Likewise when the model wanted its rows, and when these were on their way; 0 before.
-        self.wanted: list[Mark] = []
-        self.sent_at = 0.0
-        # Whether no gradient can come any more.
-        self.is_sealed = False
-        # Whether the gradients are on the host.
-        self.has_gradient = False
-        # With the next batch, once its gradients are to be parted.
-        self.overlaps: list[Overlap] | None = None
-        # Whether the tables have had its update.
-        self.is_done = False
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every gradient is there that will be."""
-        trained = [visit for visit in self.visits if visit.is_trained]
-        return self.is_sealed or (bool(trained) and all(visit.is_left for visit in trained))
-
-    @property
-    def exposed(self) -> float:
-        """Seconds for which the devices, with nothing else to do, waited for the batch and then for its rows."""
-        waits = [(self.asked, self.given_at), (self.wanted, self.sent_at)]
-        return sum(max(end - max(mark.time() for mark in begin), 0.0) for begin, end in waits if begin)
-
-
 class Run:
-    """A pass over a loader.
+    """A pass over a loader, from `start` to `close`.
 
     Args:
         collections: By their names in the model.
@@ -111,7 +74,7 @@ class Run:
         check_finite: bool,
     ) -> None:
         for name, collection in collections.items():
-            if collection._lane is not None:
+            if collection._tables.lane is not None:
                 raise RuntimeError(
                     f"model: expected tables that no other pipeline trains, but collection {name!r} is in another "
                     "pipeline's loop; end or close() that first"
@@ -132,20 +95,20 @@ class Run:
         self._has_raised = False
         self._is_at_end = False  # of the loader
         self._is_closing = False
-        self._is_flushing = False
-        self._has_ended = False  # the table thread
+        self._settling = 0  # how many threads wait for updates
+        # Of the table thread.
+        self._has_begun = self._has_ended = self._is_alone = False
+        # Daemons: the one may be inside the user's loader for as long as that likes.
+        self._loading = threading.Thread(target=self._load, name="dlrm-rs-loader", daemon=True)
         self._tables = threading.Thread(target=self._work, name="dlrm-rs-tables", daemon=True)
-        self._hooks = [hook for lane in self._lanes for hook in self._attach(lane)]
-        # A daemon: it may be inside the user's loader for as long as that likes.
-        threading.Thread(target=self._load, name="dlrm-rs-loader", daemon=True).start()
-        self._tables.start()
 
-    def _attach(self, lane: Lane) -> list[RemovableHandle]:
-        lane.collection._lane = lane
-        hook: RemovableHandle = lane.collection.register_state_dict_pre_hook(lambda *_: self.settle())  # type: ignore[no-untyped-call]
-        if lane.collection.fused_optimizer is None:
-            return [hook]
-        return [hook, lane.collection.fused_optimizer.register_state_dict_pre_hook(lambda *_: self.settle())]
+    def start(self) -> None:
+        """Have the collections ask this pass, and begin; to be closed even where it raises, as Ctrl-C may come."""
+        _open.add(self)
+        for lane in self._lanes:
+            lane.attach()
+        self._loading.start()
+        self._tables.start()
 
     # The user's thread.
 
@@ -200,16 +163,22 @@ class Run:
     def settle(self) -> None:
         """Wait until the tables have the update of every gradient that has been left."""
         with self._changed:
-            steps = [step for step in (self._before, self._current) if step is not None and step.is_complete]
-            self._is_flushing = True
-            self._changed.notify_all()
+            steps = [step for step in (self._before, self._current) if step is not None]
+            left = [visit for step in steps for visit in step.waiting]
+            self._settling += 1
             try:
-                self._changed.wait_for(lambda: self._has_ended or all(step.is_done for step in steps))
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._has_ended or not any(visit.is_waiting for visit in left))
             finally:
-                self._is_flushing = False
+                self._settling -= 1
 
-    def close(self) -> None:
+    def close(self, patience: float = 0.0) -> None:
         """End the pass: what has begun is finished, nothing more begins.
+
+        After a KeyboardInterrupt in it, call it again.
+
+        Args:
+            patience: Seconds to wait for the loader to give the batch that it is at.
 
         Raises:
             BaseException: What kept a gradient that the user has left from the tables, if `next` has not raised it.
@@ -217,15 +186,41 @@ class Run:
         with self._changed:
             self._is_closing = True
             self._seal()
-        self._tables.join()
-        self._drop(self._before)  # its gradient came after a failure
-        for hook in self._hooks:
-            hook.remove()
-        for lane in self._lanes:
-            lane.collection._lane = None
-        is_lost = self._before is not None and any(visit.is_lost for visit in self._before.visits)
+            if threading.current_thread() is self._tables:  # where the collector came upon the loop
+                self._is_alone = True
+                return
+            # Where it has not begun, as Ctrl-C came first, it will find the pass closed.
+            self._changed.wait_for(lambda: self._has_ended or not self._has_begun)
+        for thread, seconds in ((self._tables, None), (self._loading, patience)):
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(seconds)
+        self._let_go()
+        if self._before is None:
+            return
+        self._before.drop()  # its gradient came after a failure
+        is_lost = any(visit.is_lost for visit in self._before.visits)
+        self._before = None
         if self._failure is not None and is_lost and not self._has_raised:
             self._raise()
+
+    def _let_go(self) -> None:
+        """Leave the collections as they were, and keep nothing of the user's."""
+        for lane in self._lanes:
+            lane.detach()
+        self._lanes, self._loader = [], ()
+        self._loaded.clear()
+        self._ready.clear()
+        _open.discard(self)
+
+    def forget(self) -> None:
+        """End in a process that was forked: the threads are those of the other."""
+        self._changed = threading.Condition()
+        self._has_ended = True
+        self._failure = (
+            -1,
+            RuntimeError("batches: expected a loop in the process that began it, got one in a fork of it"),
+        )
+        self._let_go()
 
     def _seal(self) -> None:
         if self._current is not None:
@@ -253,6 +248,8 @@ class Run:
     def _load(self) -> None:
         number = 0
         try:
+            if self._is_closing:
+                return
             batches = iter(self._loader)
             while True:
                 with self._timeline.stage("loader", "load", number):
@@ -262,6 +259,8 @@ class Run:
                     features = self._features(batch)
                     step = Step(number, batch, [Visit(lane, features[lane.name]) for lane in self._lanes])
                 with self._changed:
+                    if self._is_closing:
+                        return
                     self._loaded.append(step)
                     self._changed.notify_all()
                     self._changed.wait_for(lambda: len(self._loaded) < self._prefetch or self._is_closing)
@@ -277,40 +276,54 @@ class Run:
     # The table thread.
 
     def _work(self) -> None:
+        with self._changed:
+            if self._is_closing:
+                return
+            self._has_begun = True
         look_up = self._look_up_stale if self._is_stale else self._look_up_exact
         before: Step | None = None
         try:
-            while True:
-                step = self._await_loaded(before)
-                if step is not None:
-                    look_up(before, step)
-                else:
-                    self._finish(before)
-                    if self._is_closing or (self._is_at_end and not self._loaded):
-                        return
+            while (step := self._await_loaded(before)) is not None:
+                look_up(before, step)
                 before = step
+            self._finish(before)
         except _EndedError:
             with suppress(_EndedError):  # the first failure is kept
                 self._finish(before)
-            self._drop(before)
+            if before is not None:
+                before.drop()
         except BaseException as error:
             self._fail(0 if before is None else before.number, error, "table thread")
-            self._drop(before)
+            if before is not None:
+                before.drop()
         finally:
             with self._changed:
                 self._has_ended = True
                 self._changed.notify_all()
+            if self._is_alone:
+                self._let_go()
+
+    def _wait_for(self, is_ready: Callable[[], Any], before: Step | None) -> None:
+        """Wait, and meanwhile update what the user's thread wants to be updated."""
+
+        def wanted() -> bool:
+            return self._settling > 0 and before is not None and bool(before.waiting)
+
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: is_ready() or self._is_closing or wanted())
+                if is_ready() or self._is_closing:
+                    return
+            assert before is not None
+            if before.is_complete:
+                self._finish(before)
+            else:
+                self._update(before)
 
     def _await_loaded(self, before: Step | None) -> Step | None:
-        """The next batch; None when there is none, or when the update of the one before is not to wait for it."""
-
-        def may_flush() -> bool:
-            # Never in stale mode: there the lookup goes before that update, however long it takes to come.
-            is_left = before is not None and before.is_complete
-            return self._is_flushing and is_left and not self._is_stale
-
+        """The next batch; None when there is none."""
+        self._wait_for(lambda: self._loaded or self._is_at_end, before)
         with self._changed:
-            self._changed.wait_for(lambda: self._loaded or self._is_at_end or self._is_closing or may_flush())
             if self._is_closing or not self._loaded:
                 return None
             self._changed.notify_all()
@@ -323,7 +336,8 @@ class Run:
 
     def _look_up_exact(self, before: Step | None, step: Step) -> None:
         self._prepare(step)
-        parting = Parting.NOTHING if before is None else self._trials.choose()
+        is_new = before is not None and not before.is_done
+        parting = self._trials.choose() if is_new else Parting.NOTHING
         if before is None or parting is Parting.NOTHING:
             self._finish(before)
             self._look_up(step)
@@ -375,20 +389,32 @@ class Run:
     def _await_gradient(self, step: Step) -> None:
         if step.has_gradient:
             return
-        with self._changed:
-            self._changed.wait_for(lambda: step.is_complete or self._is_closing)
-        try:
-            for visit in step.visits:
-                visit.wait()
-        except BaseException as error:
-            self._drop(step)
-            self._fail(step.number, error, "gradient")
-            raise _EndedError from None
+        self._wait_for(lambda: step.is_complete, step)
+        self._fetch(step, step.visits)
         step.has_gradient = True
         spans = [span for visit in step.visits if (span := visit.span()) is not None]
         if spans:
             begins, ends = zip(*spans, strict=True)
             self._timeline.record("device", "dense layers", min(begins), max(ends), step.number)
+
+    def _fetch(self, step: Step, visits: list[Visit]) -> None:
+        """Wait until gradients that have been left are on the host."""
+        try:
+            for visit in visits:
+                visit.wait()
+        except BaseException as error:
+            step.drop()
+            self._fail(step.number, error, "gradient")
+            raise _EndedError from None
+
+    def _update(self, step: Step) -> None:
+        """Update by the gradients that have been left; others of the batch may still come."""
+        visits = step.waiting
+        self._fetch(step, visits)
+        with self._stage("update", step):
+            for visit in visits:
+                visit.update()
+        self.notify()
 
     def _finish(self, step: Step | None) -> None:
         """Update what of a batch has not been updated yet."""
@@ -410,14 +436,6 @@ class Run:
             step.is_done = True
             self._changed.notify_all()
 
-    @staticmethod
-    def _drop(step: Step | None) -> None:
-        """Leave out an update that cannot be."""
-        if step is not None and not step.is_done:
-            for visit in step.visits:
-                visit.drop()
-            step.is_done = True
-
     @contextmanager
     def _stage(self, stage: str, step: Step) -> Iterator[None]:
         try:
@@ -426,3 +444,23 @@ class Run:
         except BaseException as error:
             self._fail(step.number, error, stage)
             raise _EndedError from None
+
+
+# Passes that have begun and not been closed.
+_open: WeakSet[Run] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the threads before the interpreter does, which takes those down that are inside of the engine or of torch."""
+    for run in list(_open):
+        with suppress(BaseException):
+            run.close(PATIENCE)
+
+
+def _forget_all() -> None:
+    for run in list(_open):
+        run.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -67,6 +67,7 @@ def tables_of(module: nn.Module) -> list[ModelTable]:
     for name, owner in module.named_modules():
         if isinstance(owner, OwnsTables):
             tables = owner._tables
+            tables.settle()
             single = len(tables.tables) == 1 and isinstance(owner, nn.Embedding | nn.EmbeddingBag)
             names = [name or spec.name if single else f"{name}.{spec.name}".lstrip(".") for spec in tables.tables]
             of_owner = [ModelTable(table_name, tables, place) for place, table_name in enumerate(names)]
