@@ -18,7 +18,7 @@ TORCH_VERSIONS ?= 2.6.0 2.11.0 newest
 DOCS_VENV ?= .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help wheel demo bench bench-rust bench-python bench-dlrm quality test test-rust test-python test-torch test-fbgemm test-torchrec test-gpu test-neon lint docs format clean
+.PHONY: help wheel demo bench bench-rust bench-python bench-latency bench-dlrm quality test test-rust test-python test-torch test-fbgemm test-torchrec test-gpu test-neon lint docs format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -36,6 +36,9 @@ bench-rust: | cargo ## Time the engine alone: levels, row formats, dims, small c
 
 bench-python: $(VENV)/.installed ## Time the modules as users call them
 	$(BIN)/python -m pytest benches
+
+bench-latency: $(VENV)/.installed ## Time small requests one by one, the median and the slowest hundredth
+	$(BIN)/python benches/latency.py $(OPTIONS)
 
 bench-dlrm: $(VENV)/.installed ## Time a DLRM's training step part by part, with our tables and with torch's
 	$(BIN)/python benches/dlrm_step.py $(OPTIONS)

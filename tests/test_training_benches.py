@@ -1,7 +1,5 @@
 """`benches/quality.py` and `benches/dlrm_step.py` on little data: that they compare what they say."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,21 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from bench_scripts import load
 from dlrm_rs.data import Batch, ClickLog
 from dlrm_rs.demo.training import Metrics
 
 ROWS = (50, 300)
-
-
-def load(name: str) -> ModuleType:
-    """A script of `benches/` as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benches" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for their names
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
