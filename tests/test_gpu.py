@@ -1,6 +1,7 @@
 """Pooled rows on a GPU and gradients back: the right numbers at the right time, in memory that is used again."""
 
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,9 @@ import dlrm_rs
 from dlrm_rs import Pipeline
 from dlrm_rs.data import Batch, ClickLog
 from dlrm_rs.devices import CudaDevice, output_device
-from dlrm_rs.optim import SGD, RowWiseAdagrad
+from dlrm_rs.optim import SGD, Adam, RowWiseAdagrad
 from dlrm_rs.pipeline.pipeline import click_loss
+from dlrm_rs.placement import Hardware, PlacedEmbeddingBags
 
 ROWS = [100_000, 40, 3, 20_000]
 
@@ -155,6 +157,44 @@ def test_a_placed_model_trains() -> None:
     optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if ".host." not in name], lr=0.1)
     losses = [loss.item() for loss in Pipeline(model, optimizer, click_log(50))]
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_a_bad_id_of_a_table_on_the_gpu_is_an_error_and_the_gpu_goes_on() -> None:
+    bags = PlacedEmbeddingBags([dlrm_rs.EmbeddingBagConfig("t", 10, 4, ["a"])], ["t"], "cuda")
+    lengths = torch.tensor([1, 1])
+    with pytest.raises(IndexError, match=r"features\['a'\]: expected 0 <= id < 10, .* table 't', got 10 \(bag 1\)"):
+        bags(dlrm_rs.KeyedJaggedTensor(["a"], torch.tensor([9, 10]), lengths=lengths))
+    pooled = bags(dlrm_rs.KeyedJaggedTensor(["a"], torch.tensor([9, 0]), lengths=lengths)).values()
+    assert torch.equal(pooled, bags.device_bags.get_parameter("t.weight")[[9, 0]])
+
+
+@pytest.mark.parametrize(
+    ("spec", "optimizer"), [(SGD(lr=0.1), torch.optim.SGD), (Adam(lr=0.1), torch.optim.Adam)], ids=["sgd", "adam"]
+)
+def test_a_plan_tells_the_memory_that_training_takes(spec: Any, optimizer: Any) -> None:
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    tables = [dlrm_rs.EmbeddingBagConfig("t", 1_000_000, 32, ["a", "b"])]
+    plan = dlrm_rs.plan(tables, 4e9, batch_size=2, optimizer=spec, hardware=Hardware(gpu_bandwidth=1e15))
+    bags = plan.build()
+    trains = optimizer(bags.parameters(), lr=0.1)
+    for _ in range(3):
+        trains.zero_grad()
+        ones = torch.ones(4, dtype=torch.int64)
+        bags(dlrm_rs.KeyedJaggedTensor(["a", "b"], ones, lengths=ones)).values().sum().backward()
+        trains.step()
+    taken = torch.cuda.max_memory_allocated() - before
+    assert 0.9 * taken < plan.gpu_bytes < 1.1 * taken
+
+
+def test_events_are_timed_by_the_clock_of_the_host() -> None:
+    device = CudaDevice(torch.device("cuda"))
+    for _ in range(3):
+        time.sleep(1.1)  # another zero
+        begin = time.perf_counter()
+        mark = device.mark()
+        device.synchronize()
+        assert begin - 1e-3 < mark.time() < time.perf_counter() + 1e-3
 
 
 def test_a_gpu_is_found_by_its_number() -> None:

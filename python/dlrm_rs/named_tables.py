@@ -32,7 +32,7 @@ from dlrm_rs.table_configs import (
 )
 from dlrm_rs.tables import EmbeddingTables, FeatureSpec
 
-__all__ = ["NamedTables", "Table", "as_ours", "beside", "feature_specs", "in_order"]
+__all__ = ["NamedTables", "Table", "as_ours", "beside", "feature_specs", "in_order", "positions"]
 
 
 class NamedTables(abc.ABC, OwnsTables):
@@ -127,11 +127,15 @@ def in_order(features: KeyedJaggedTensor, wanted: list[str]) -> KeyedJaggedTenso
         ValueError: A feature is missing.
     """
     keys = features.keys()
-    return features if keys == wanted else as_ours(features).permute(_positions(keys, wanted))
+    return features if keys == wanted else as_ours(features).permute(positions(keys, wanted))
 
 
-def _positions(keys: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """Where every wanted feature is among the keys."""
+def positions(keys: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Where every wanted feature is among the keys.
+
+    Raises:
+        ValueError: One is missing.
+    """
     position = {key: index for index, key in enumerate(keys)}
     missing = [feature for feature in wanted if feature not in position]
     if missing:

@@ -1,19 +1,21 @@
 """Tables on the device of the dense layers: torch's own modules, and ids that are checked before they go there.
 
 A bad id ends a GPU's process with an assertion that tells nothing. So ids and offsets are looked at on the host, where
-they are anyway, and go there together; a table is looked up in one call, whose gradient is then one as well.
+they are anyway, all of them before the first goes there. A table is looked up in one call, whose gradient is then one
+as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dlrm_rs.arguments import check_pooling, float_tensor, index_tensor
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
-from dlrm_rs.named_tables import in_order
+from dlrm_rs.named_tables import in_order, positions
 from dlrm_rs.row_formats import QUANTIZED, TORCH_DTYPES, row_format
 from dlrm_rs.table_configs import EmbeddingBagConfig, fill
 
@@ -82,64 +84,63 @@ class DeviceBags(nn.ModuleDict):
         """
         if not self._configs:
             return {}
-        F = len(self._features)
-        ids, offsets, weights = self._checked(features)
-        B = (len(offsets) - 1) // F
-        bounds = offsets[torch.arange(F + 1, device="cpu") * B].tolist()  # of the features' ids
-        self._check_ids(ids, offsets, bounds)
-        device = next(self.parameters()).device
-        ids, offsets = ids.to(device, non_blocking=True), offsets.to(device, ids.dtype, non_blocking=True)
-        weights = None if weights is None else weights.to(device, non_blocking=True)
-        pooled, first = {}, 0
-        for table, module in zip(self._configs, self.values(), strict=True):
-            end = first + len(table.feature_names)
-            own = slice(bounds[first], bounds[end])
-            bags = offsets[first * B : end * B + 1] - bounds[first]
-            of_ids = None if weights is None else weights[own].to(module.get_parameter("weight").dtype)
-            rows = module(ids[own], bags, of_ids)  # ((end - first) * B, D)
-            pooled[table.name] = rows.view(end - first, B, table.embedding_dim).unbind(0)
-            first = end
-        return pooled
+        self._check(features)
+        bags = [_checked_bags(table, features) for table in self._configs]
+        return {table.name: self._pooled(table, of_table) for table, of_table in zip(self._configs, bags, strict=True)}
 
-    def _checked(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids `(L,)`, offsets `(F * B + 1,)` and weights of the ids, in the order of the tables."""
+    def _check(self, features: KeyedJaggedTensor) -> None:
         if features.variable_stride_per_key():
             raise ValueError(
                 "features: expected as many bags of every feature, as tables are on the device, got numbers of their "
                 "own; place the tables of such features on the host"
             )
-        features = in_order(features, self._features)
-        ids = index_tensor("features.values()", features.values())
-        offsets = index_tensor("features.offsets()", features.offsets())
-        weights = features.weights_or_none()
-        if (weights is not None) is not self._is_weighted:
+        positions(features.keys(), self._features)
+        is_weighted = features.weights_or_none() is not None
+        if is_weighted is not self._is_weighted:
             raise ValueError(
                 f"features: expected {'a weight for every id' if self._is_weighted else 'no weights'}, as these tables "
-                f"have is_weighted={self._is_weighted}, got {'none' if weights is None else 'some'}"
+                f"have is_weighted={self._is_weighted}, got {'some' if is_weighted else 'none'}"
             )
-        if weights is not None:
-            weights = float_tensor("features.weights()", weights, ids.shape)
-        if offsets[0] != 0 or offsets[-1] > len(ids) or (offsets.diff() < 0).any():
-            raise ValueError(
-                f"features.offsets(): expected to begin at 0, never to fall, and to end within {len(ids)} ids, got "
-                f"{int(offsets[0])} to {int(offsets[-1])}{', falling between' if (offsets.diff() < 0).any() else ''}"
-            )
-        return ids, offsets, weights
 
-    def _check_ids(self, ids: Tensor, offsets: Tensor, bounds: Sequence[int]) -> None:
-        first = 0
-        for table in self._configs:
-            end = first + len(table.feature_names)
-            own = ids[bounds[first] : bounds[end]]
-            if len(own) and not 0 <= int(own.min()) <= int(own.max()) < table.num_embeddings:
-                bad = int(((own < 0) | (own >= table.num_embeddings)).nonzero()[0])
-                bag = int(torch.searchsorted(offsets, bounds[first] + bad, right=True)) - 1
-                feature, bag = divmod(bag, (len(offsets) - 1) // len(self._features))
-                raise IndexError(
-                    f"features[{self._features[feature]!r}]: expected 0 <= id < {table.num_embeddings}, the rows of "
-                    f"table {table.name!r}, got {int(own[bad])} (bag {bag})"
-                )
-            first = end
+    def _pooled(self, table: EmbeddingBagConfig, bags: _Bags) -> Sequence[Tensor]:
+        module = self[table.name]
+        weight = module.get_parameter("weight")
+        ids, offsets, weights = (None if part is None else part.to(weight.device, non_blocking=True) for part in bags)
+        rows: Tensor = module(ids, offsets, None if weights is None else weights.to(weight.dtype))  # (features * B, D)
+        F = len(table.feature_names)
+        return rows.view(F, len(rows) // F, table.embedding_dim).unbind(0)
+
+
+class _Bags(NamedTuple):
+    """Of a table's features, one after another: ids `(L,)`, offsets of their dtype, and weights `(L,)` of the ids."""
+
+    ids: Tensor
+    offsets: Tensor
+    weights: Tensor | None
+
+
+def _checked_bags(table: EmbeddingBagConfig, features: KeyedJaggedTensor) -> _Bags:
+    names = list(table.feature_names)
+    own = features[names[0]] if len(names) == 1 else in_order(features, names)  # the former without a copy of ids
+    ids, offsets = index_tensor("features.values()", own.values()), index_tensor("features.offsets()", own.offsets())
+    weights = own.weights_or_none()
+    weights = None if weights is None else float_tensor("features.weights()", weights, ids.shape)
+    if offsets[0] != 0 or offsets[-1] > len(ids) or (offsets.diff() < 0).any():
+        raise ValueError(
+            f"features.offsets(): expected to begin at 0, never to fall, and to end within the {len(ids)} ids of the "
+            f"features {names}, got a first of {int(offsets[0])}, a last of {int(offsets[-1])}, a smallest step of "
+            f"{int(offsets.diff().min())}"
+        )
+    N = table.num_embeddings
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < N:
+        bad = int(((ids < 0) | (ids >= N)).nonzero()[0])
+        bag = int(torch.searchsorted(offsets, bad, right=True)) - 1
+        feature, bag = divmod(bag, (len(offsets) - 1) // len(names))
+        raise IndexError(
+            f"features[{names[feature]!r}]: expected 0 <= id < {N}, the rows of table {table.name!r}, got "
+            f"{int(ids[bad])} (bag {bag})"
+        )
+    return _Bags(ids, offsets.to(ids.dtype), weights)
 
 
 def _bags(table: EmbeddingBagConfig, device: torch.device) -> nn.EmbeddingBag:
