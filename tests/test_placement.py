@@ -59,7 +59,8 @@ def test_bytes_and_seconds_of_a_step() -> None:
     ("dtype", "optimizer", "memory", "pcie"),
     [
         ("fp32", None, 16 * 4, 16 * 2),  # serving: half the bytes, one way
-        ("int8", None, 16, 16 * 2),
+        ("int8", None, 16 + 4, 16 * 2),  # scale and bias
+        ("int4", None, 8 + 4, 16 * 2),
         ("fp32", SGD(lr=0.1), 16 * 4, 16 * 4),
         ("fp32", Adagrad(lr=0.1), 16 * 8, 16 * 4),
     ],
@@ -116,6 +117,17 @@ def test_an_optimizer_for_some_tables_is_reckoned_for_all() -> None:
     optimizer = RowWiseAdagrad(lr=0.1, split_bf16=True, table_lr={"small": 0.2})
     plan = dlrm_rs.plan(tables, 0, batch_size=10, optimizer=optimizer, hardware=HARDWARE)
     assert [table.memory for table in plan.tables] == [1_000_000 * (32 + 32 + 4), 1000 * (64 + 4), 100 * (64 + 4)]
+
+
+def test_memory_on_the_host_is_what_its_report_tells() -> None:
+    config = EmbeddingBagConfig("t", 1000, 16, ["a"], data_type="int8", hot_rows=0.1)
+    optimizer = Adagrad(lr=0.1)
+    plan = dlrm_rs.plan([config], 0, batch_size=1, optimizer=optimizer, hardware=HARDWARE)
+    host = plan.build(optimizer, device="cpu").host
+    assert host is not None
+    report = host.memory_report()["t"]
+    parts = ("payload", "scales", "hot", "state")
+    assert plan.tables[0].memory == pytest.approx(sum(report[part] for part in parts), rel=0.05)
 
 
 def test_a_model_with_all_tables_on_the_gpu_is_for_a_plain_loop() -> None:

@@ -1,11 +1,12 @@
 """The arithmetic of one table in a training step.
 
-With `B` samples of `L` ids each, `N` rows of `row` bytes and the fused optimizer's `state` bytes per row, it needs
+With `B` samples of `L` ids each, `N` rows of `row` bytes, their scale among them, and the fused optimizer's `state`
+bytes per row, it needs
 
 ```
 id bytes      B * L * 8                                          and 4 more for every id with a weight
 rows read     B * L * row                                        the lookup
-host memory   N * (row + state)
+host memory   N * (row + state)                                  and D * 4 for every hot row
 rows updated  B * L * D * 4  +  B * L * 2 * (row + state)        gradients read; rows and state read and written
 PCIe          B * D * output bytes there, B * D * 4 back         on the GPU instead id bytes there
 GPU memory    N * row * copies
@@ -48,7 +49,6 @@ __all__ = ["Load", "Place", "TablePlan", "table_plan"]
 Place = Literal["cpu", "gpu"]
 
 _ID_BYTES, _WEIGHT_BYTES = 8, 4
-_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2}
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,15 @@ def table_plan(config: EmbeddingBagConfig, load: Load) -> TablePlan:
     D = check_size(f"embedding_dim of table {config.name!r}", config.embedding_dim)
     is_trained = load.optimizer is not None
     ids = load.batch_size * sum(load.ids_per_bag[feature] for feature in config.feature_names)
-    row = D * _BITS[row_format(f"data_type of table {config.name!r}", config.data_type)] / 8
-    state = _state_bytes(config, load.optimizer)
-    gpu_memory = int(N * row * _copies(load.optimizer))
+    row, state = _row_and_state(config, load.optimizer)
+    hot = 4 * D * getattr(config, "hot_rows", 0.0)  # a config of TorchRec's has none
+    gpu_memory = N * row * _copies(load.optimizer)
     output = max(load.output_dtype.itemsize, 4) if is_trained else load.output_dtype.itemsize
     never_on_gpu = why_not_on_device(config, is_weighted=load.is_weighted)
     return TablePlan(
         name=config.name,
         place="cpu",
-        host_memory=int(N * (row + state)),
+        host_memory=int(N * (row + state + hot)),
         gpu_memory=gpu_memory,
         ids=ids,
         id_bytes=ids * (_ID_BYTES + _WEIGHT_BYTES * load.is_weighted),
@@ -150,15 +150,14 @@ def table_plan(config: EmbeddingBagConfig, load: Load) -> TablePlan:
     )
 
 
-def _state_bytes(config: EmbeddingBagConfig, optimizer: OptimizerSpec | None) -> int:
-    """What the fused optimizer keeps of a row: of a table of one row, as the engine has it."""
-    if optimizer is None:
-        return 0
-    one_row = replace(config, num_embeddings=1, init_fn=None)
-    is_bf16 = row_format("data_type", config.data_type) == "bf16"
-    # What concerns other tables, this one alone would refuse.
-    own = replace(optimizer, table_lr={}, split_bf16=optimizer.split_bf16 and is_bf16)
-    return EmbeddingBagCollection([one_row], optimizer=own).memory_report()[config.name]["state"]
+def _row_and_state(config: EmbeddingBagConfig, optimizer: OptimizerSpec | None) -> tuple[int, int]:
+    """Bytes of a row with its scale, and of what the fused optimizer keeps of it, as the engine has a table of one."""
+    stored = row_format(f"data_type of table {config.name!r}", config.data_type)
+    if optimizer is not None:  # what concerns other tables, this one alone would refuse
+        optimizer = replace(optimizer, table_lr={}, split_bf16=optimizer.split_bf16 and stored == "bf16")
+    one_row = EmbeddingBagConfig(config.name, 1, config.embedding_dim, [config.name], data_type=stored)
+    report = EmbeddingBagCollection([one_row], optimizer=optimizer).memory_report()[config.name]
+    return report["payload"] + report["scales"], report["state"]
 
 
 def _copies(optimizer: OptimizerSpec | None) -> int:
