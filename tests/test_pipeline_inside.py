@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clicks import Updates, assert_same_state, click_log, click_model, dense_adam, trained
-from dlrm_rs import DLRM, EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, Pipeline
+import dlrm_rs
+from clicks import Updates, assert_same_state, click_log, click_model, dense_adam, pipelined, trained
+from dlrm_rs import DLRM, EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, Pipeline
 from dlrm_rs.data import Batch
 from dlrm_rs.devices import StandIn
 from dlrm_rs.optim import SGD
+from dlrm_rs.pipeline.lane import Visit
+from dlrm_rs.pipeline.pipeline import click_loss
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -173,3 +176,196 @@ def test_copies_made_inside_of_the_loop_are_of_whole_steps(tmp_path: Path, way: 
             assert all(torch.equal(sums[t][name], expected[t][name]) for t in expected for name in expected[t])
     copied = copy.deepcopy(model)
     assert trained(copied, dense_adam(copied), log) == trained(model, dense_adam(model), log)
+
+
+Train = Callable[[DLRM, Iterable[Batch], Callable[[], None]], list[float]]
+
+
+def with_evaluation(model: DLRM, batches: Iterable[Batch], _: Callable[[], None]) -> list[float]:
+    """The loss of every batch before, while and after it is trained, by a model that works on its rows in place."""
+
+    def double(_: nn.Module, __: Any, pooled: KeyedTensor) -> None:
+        pooled.values().mul_(2)
+
+    optimizer = dense_adam(model)
+    hook = model.embeddings.register_forward_hook(double)
+    losses = []
+    for batch in batches:
+        with torch.no_grad():
+            losses += [click_loss(model, batch).item(), click_loss(model, batch).item()]
+        losses += trained(model, optimizer, [batch])
+        with torch.no_grad():
+            losses.append(click_loss(model, batch).item())
+    hook.remove()
+    return losses
+
+
+def with_changes(change: Callable[[DLRM, int], Any], when: str = "after") -> Train:
+    """The losses of a loop in which something is done to the model."""
+
+    def train(model: DLRM, batches: Iterable[Batch], synchronize: Callable[[], None]) -> list[float]:
+        optimizer = dense_adam(model)
+        losses = []
+        for number, batch in enumerate(batches):
+            if when == "before":
+                change(model, number)
+            optimizer.zero_grad()
+            loss = click_loss(model, batch)
+            if when == "between":
+                change(model, number)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if when == "after":
+                synchronize()
+                change(model, number)
+        return losses
+
+    return train
+
+
+def freeze(model: DLRM, number: int) -> None:
+    model.embeddings.requires_grad_(number % 4 > 1)
+
+
+def freeze_one(model: DLRM, number: int) -> None:
+    model.get_parameter("embeddings.embedding_bags.t0.weight").requires_grad_(number % 2 == 1)
+
+
+def write(model: DLRM, number: int) -> None:
+    with torch.no_grad():
+        model.get_parameter(f"embeddings.embedding_bags.t{number % 4}.weight").clamp_(-0.02, 0.02)
+
+
+def replace(model: DLRM, number: int) -> None:
+    bag = model.get_submodule(f"embeddings.embedding_bags.t{number % 4}")
+    assert isinstance(bag.weight, nn.Parameter)
+    if number % 3 == 1:
+        bag.weight.data = bag.weight.detach() * 0.5
+    elif number % 3 == 2:
+        bag.weight = nn.Parameter(bag.weight.detach() * 0.5)
+
+
+def fill(model: DLRM, number: int) -> None:
+    if number == 3:
+        torch.manual_seed(number)
+        model.embeddings.get_submodule("embedding_bags")
+        assert isinstance(model.embeddings, EmbeddingBagCollection)
+        model.embeddings.reset_parameters()
+
+
+def requantize(model: DLRM, number: int) -> None:
+    if number in (3, 7):
+        dlrm_rs.quantize(model, "int8" if number == 3 else "int4")
+    if number == 9:
+        dlrm_rs.dequantize(model)
+
+
+def give_up_the_optimizer(model: DLRM, number: int) -> None:
+    if number == 4:
+        dlrm_rs.quantize(model, "int8", keep_optimizer=False)
+
+
+class Load:
+    """A checkpoint of the first step."""
+
+    def __call__(self, model: DLRM, number: int) -> None:
+        assert isinstance(model.embeddings, EmbeddingBagCollection)
+        optimizer = model.embeddings.fused_optimizer
+        assert optimizer is not None
+        if number == 0:
+            self.saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        elif number % 3 == 0:
+            model.load_state_dict(self.saved[0], assign=number == 6)
+            optimizer.load_state_dict(self.saved[1])
+
+
+@pytest.mark.parametrize(
+    "train_with",
+    [
+        lambda: with_evaluation,
+        lambda: with_changes(freeze),
+        lambda: with_changes(freeze, "before"),
+        lambda: with_changes(freeze, "between"),
+        lambda: with_changes(freeze_one, "before"),
+        lambda: with_changes(write),
+        lambda: with_changes(replace),
+        lambda: with_changes(fill),
+        lambda: with_changes(requantize),
+        lambda: with_changes(requantize, "between"),
+        lambda: with_changes(give_up_the_optimizer),
+        lambda: with_changes(Load()),
+    ],
+    ids=[
+        "evaluation",
+        "freeze",
+        "freeze before",
+        "freeze between",
+        "freeze one",
+        "write",
+        "replace",
+        "fill",
+        "quantize",
+        "quantize between",
+        "give up the optimizer",
+        "load",
+    ],
+)
+@pytest.mark.parametrize("device", [None, (0.004, True), (0.004, False)], ids=["cpu", "stand-in", "no copies"])
+def test_what_is_done_to_the_tables_inside_of_the_loop_is_seen_by_the_next_batch(
+    train_with: Callable[[], Train], device: tuple[float, bool] | None
+) -> None:
+    log = click_log(12)
+    plain = click_model()
+    model = click_model(device=None if device is None else StandIn(device[0], copies=device[1]))
+    expected = train_with()(plain, log, lambda: None)
+    pipeline = Pipeline(model, None, log)
+    assert train_with()(model, pipeline.batches(), pipeline.synchronize) == expected
+    got = model.state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("updates", ["exact", "stale"])
+def test_what_is_loaded_stays_when_the_loop_is_left(updates: Updates) -> None:
+    model = click_model(device=StandIn(0.02))
+    saved = copy.deepcopy(model.state_dict())
+    for number, _ in enumerate(Pipeline(model, dense_adam(model), click_log(9), updates=updates)):
+        if number == 3:
+            model.load_state_dict(saved)
+            break
+    got = model.state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in saved.items())
+
+
+def test_tables_without_an_optimizer_have_to_stay_frozen() -> None:
+    model = click_model(None)
+    model.embeddings.requires_grad_(False)
+    with pytest.raises(ValueError, match="expected weights of collection 'embeddings' that stay frozen"):  # noqa: PT012
+        for _ in Pipeline(model, dense_adam(model), click_log(6)):
+            model.embeddings.requires_grad_(True)
+
+
+def test_torch_notices_that_rows_have_been_updated() -> None:
+    model = click_model()
+    weight = model.get_parameter("embeddings.embedding_bags.t0.weight")
+    pipelined(model, click_log(1))
+    before = weight._version
+    pipelined(model, click_log(3))
+    assert weight._version >= before + 3
+
+
+def test_the_gradient_of_the_rows_is_left_before_layers_below_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late these ran in forward."""
+    order = []
+    leave = Visit.leave
+
+    def noted(visit: Visit, grad: Tensor) -> None:
+        order.append("rows")
+        leave(visit, grad)
+
+    monkeypatch.setattr(Visit, "leave", noted)
+    model = click_model()
+    for weight in model.bottom.parameters():
+        weight.register_post_accumulate_grad_hook(lambda _: order.append("bottom"))
+    pipelined(model, click_log(2), split_backward=False)
+    assert order == ["rows", "bottom", "bottom"] * 2

@@ -101,6 +101,7 @@ class EmbeddingTables:
         width: As of `Layout`, and so are `pooled` and `pools_by_max`.
         sharing: How processes that have the same tables update them; None where they are this process's own.
         lane: That of a pipeline, which looks up ahead and updates late; None outside of its loop.
+        changes: How often rows have been exchanged, or written to where torch counts no version of them.
 
     Raises:
         TypeError: A weight is not of a floating dtype, or `optimizer` is not one of `dlrm_rs.optim`.
@@ -113,6 +114,7 @@ class EmbeddingTables:
     layout: str
     sharing: Sharing | None = None
     lane: Lane | None = None
+    changes: int = 0
 
     def __init__(
         self,
@@ -364,6 +366,7 @@ class EmbeddingTables:
             for table, view in zip(moved, views, strict=True):
                 weights[table].data = view
         self.memory = memory
+        self.changes += 1
 
     def _take_in(self) -> None:
         """Have the engine use the quantized rows that a user has put in the place of its own."""
@@ -455,6 +458,7 @@ class EmbeddingTables:
             self._show(table)
             if self.optimizer is not None:
                 self.optimizer.rows_moved(self.tied(), self._states(memory))
+            self.changes += 1
             return displaced
 
     def add_hot_rows(self, table: int, share: float) -> None:
@@ -466,6 +470,7 @@ class EmbeddingTables:
         self.memory.moved(table)
         self._own(self.memory)
         self._show(table)
+        self.changes += 1
 
     def load(self, table: int, source: Tensor) -> None:
         """Copy rows, `(N, D)` of a floating dtype, into a table.
@@ -492,13 +497,14 @@ class EmbeddingTables:
         _, num_embeddings, embedding_dim, _ = self.tables[table]
         with torch.no_grad():
             if self.row_formats[table] not in QUANTIZED:
-                fill(self.weights()[table], 0)
+                fill(self.weights()[table], 0)  # which torch counts
                 return
             chunk = num_embeddings if whole else max(_CHUNK_ELEMENTS // embedding_dim, 1)
             for first in range(0, num_embeddings, max(chunk, 1)):
                 rows = torch.empty(min(chunk, num_embeddings - first), embedding_dim, device="cpu")
                 fill(rows, first)
                 self.handle.write_rows(table, first, rows.numpy())
+        self.changes += 1
 
     def drop_optimizer(self) -> None:
         """Give the fused optimizer and its state up."""
@@ -508,6 +514,7 @@ class EmbeddingTables:
             self.memory.find_states()
             self.optimizer = self.algorithm = None
             self._find_slots(range(len(self.tables)))
+            self.changes += 1
 
     def check_unshared(self, refused: str) -> None:
         """Refuse what must not be done to rows that other processes have, too.

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from dlrm_rs._dlrm_rs import Overlap, Prepared
 from dlrm_rs.collection import EmbeddingBagCollection, LookupCall
 from dlrm_rs.devices.device import Fetched, Mark, Sent
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
+from dlrm_rs.pipeline.pooled import pooled
+from dlrm_rs.pipeline.watch import Watch
 from dlrm_rs.row_formats import as_array
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Lane:
 
     Attributes:
         visit: That of the batch that the user has; None between batches.
+        watch: Tells whether the tables are as they were.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Lane:
         # Also where the optimizer was made to refuse them.
         self.check_finite = check_finite or (optimizer is not None and optimizer.check_finite)
         self.visit: Visit | None = None
+        self.watch = Watch(collection._tables)
 
     def attach(self) -> None:
         """Have the tables and their optimizer ask here what is under way."""
@@ -74,14 +77,23 @@ class Lane:
         return self.collection._tables.output_device.mark()
 
     def take(self, features: KeyedJaggedTensor) -> Tensor | None:
-        """The pooled rows of the batch's features, `(B, W)`; None for other features, to be looked up now.
+        """The pooled rows of the batch's features, `(B, W)`; None for what is to be looked up now.
+
+        That is other features, and those of the batch once more when they are being trained.
 
         Raises:
             RuntimeError: The rows of this batch have been taken before, or other features are looked up to be trained.
         """
         visit = self.visit
         if visit is not None and visit.is_of(features):
-            return visit.take()
+            if not visit.is_taken:
+                return visit.take()
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"features: expected one lookup of every batch, got a second one in collection {self.name!r}; look "
+                    "up again under torch.no_grad(), or train a model that looks the same features up twice without a "
+                    "pipeline"
+                )
         self.look_up_beside("features")
         return None
 
@@ -111,6 +123,7 @@ class Visit:
         features: What the model will look up.
 
     Attributes:
+        is_taken: Whether the model has rows to be trained.
         is_lost: Whether a gradient has been left and given up.
 
     Raises:
@@ -133,8 +146,9 @@ class Visit:
         self._out: Tensor | None = None
         self._argmax: Tensor | None = None
         self._sent: Sent | None = None
-        self.is_lost = False
-        self._taken = False
+        # That of the rows on the device, as nobody has worked on them in place.
+        self._version: int | None = None
+        self.is_lost = self.is_taken = False
         self._gradient: Fetched | None = None
         self._factor = 1.0
         self._groups: list[dict[str, Any]] = []
@@ -165,10 +179,16 @@ class Visit:
 
         Raises:
             IndexError: An id is not a row of its table.
-            ValueError: Offsets or weights that cannot be.
+            ValueError: Offsets or weights that cannot be; tables that are trained by now, and no optimizer.
         """
+        self._seen = self.lane.watch.state()
         self._weights = self._tables.weights()
         self._trainable = [weight.requires_grad for weight in self._weights]
+        if self.is_trained and self._tables.optimizer is None:
+            raise ValueError(
+                f"model: expected weights of collection {self.lane.name!r} that stay frozen, as it has no fused "
+                "optimizer, got some that are to be trained; make it with one"
+            )
         self._memory = self._tables.memory
         self._prepared = Prepared(
             self._memory.handle, *self._arrays, self._trainable, self.lane.collection._scale_grad_by_freq
@@ -178,6 +198,10 @@ class Visit:
         )
         if self._tables.pools_by_max:
             self._argmax = torch.empty(self._out.shape, dtype=torch.int32, device="cpu")
+
+    def can_be_parted(self, following: Visit) -> bool:
+        """Whether this batch and the next, which is prepared, know of their ids in the same tables: those trained."""
+        return self._trainable == following._trainable
 
     def overlap(self, following: Visit, parts_bags: bool) -> Overlap:
         """The overlap of this batch with the next, which is prepared, and whose bags may be parted too."""
@@ -195,8 +219,14 @@ class Visit:
     def send(self) -> None:
         """Start the copy of the pooled rows to the device."""
         assert self._out is not None
-        self._sent = self._tables.output_device.send(self._out)
+        self._sent, self._version = self._tables.output_device.send(self._out), None
         self._out = None  # whoever has the rows now keeps them
+
+    def renew(self) -> None:
+        """Look all bags up by the tables as they are now, in the place of what they were."""
+        self.prepare()
+        self.lookup()
+        self.send()
 
     def wait(self) -> None:
         """Wait for the gradient, if one has been left.
@@ -231,7 +261,7 @@ class Visit:
             raise
         self._updated.add(part)
         trained = zip(self._weights, self._trainable, strict=True)
-        increment_version([weight for weight, is_trained in trained if is_trained])
+        self.lane.watch.count([weight for weight, is_trained in trained if is_trained])
 
     def _argmax_array(self) -> Any:
         return None if self._argmax is None else self._argmax.numpy()
@@ -252,18 +282,21 @@ class Visit:
 
     def take(self) -> Tensor:
         """The pooled rows, `(B, W)`, on the device."""
-        if self._taken:
-            raise RuntimeError(
-                f"features: expected one lookup of every batch, got a second one in collection {self.lane.name!r}; "
-                "a model that looks the same features up twice is to be trained without a pipeline"
-            )
         self.lane.run.await_rows()
+        rows = self._rows()
+        if self._seen != self.lane.watch.state() or rows._version != self._version:
+            self.lane.run.renew(self)
+            rows = self._rows()
+        if not torch.is_grad_enabled() or not self.is_trained:
+            return rows
+        self.is_taken = True
+        return pooled(rows, self)
+
+    def _rows(self) -> Tensor:
         assert self._sent is not None
         rows = self._sent.tensor()
-        if torch.is_grad_enabled() and self.is_trained:
-            self._taken = True
-            rows = rows.detach().requires_grad_()
-            rows.register_post_accumulate_grad_hook(self._leave)
+        if self._version is None:
+            self._version = rows._version
         return rows
 
     @property
@@ -285,16 +318,19 @@ class Visit:
     def _is_updated(self) -> bool:
         return None in self._updated or "apart" in self._updated  # shared rows come first
 
-    def _leave(self, rows: Tensor) -> None:
-        assert rows.grad is not None
+    def leave(self, grad: Tensor) -> None:
+        """Leave the gradient of the rows, for the update.
+
+        Raises:
+            RuntimeError: It is the second one, or the user has asked for the next batch.
+        """
         assert self._sent is not None
         if self._gradient is not None or self.lane.visit is not self:
             raise RuntimeError(
                 "backward: expected one of every batch, before the next one is asked for: the rows have moved since"
             )
-        grad, rows.grad = rows.grad, None
         optimizer = self._tables.optimizer
         # The learning rate of now: a scheduler may change it before the update runs.
         self._groups = [] if optimizer is None else optimizer.begin_step()
-        self._gradient = self._tables.output_device.fetch(grad, torch.float32, self._sent)
+        self._gradient = self._tables.output_device.fetch(grad.contiguous(), torch.float32, self._sent)
         self.lane.run.notify()

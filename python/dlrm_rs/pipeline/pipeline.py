@@ -46,9 +46,12 @@ class Pipeline:
 
     Inside the loop the last update may still be running. Checkpoints and copies (`state_dict`, `load_state_dict`,
     `copy.deepcopy`, `torch.save`), `dlrm_rs.quantize`, and lookups under `torch.no_grad` wait for it; before a look at
-    a `weight` itself, call `synchronize`. Where stale updates are waited for, a next batch that has not been looked up
-    yet sees them. When the loop ends, however it does, all is done; batches that have been loaded ahead are lost then,
-    and the one that is being loaded is waited for, two seconds at most.
+    a `weight` itself, or a write to it, call `synchronize`. The next batch is looked up again where tables have been
+    written to, exchanged, frozen or thawed since (but for writes to `weight.data`, which torch does not count). Where
+    stale updates are waited for, a next batch that has not been looked up yet sees them.
+
+    When the loop ends, however it does, all is done; batches that have been loaded ahead are lost then, and the one
+    that is being loaded is waited for, two seconds at most.
 
     Args:
         model: The model.

@@ -96,6 +96,7 @@ class Run:
         self._is_at_end = False  # of the loader
         self._is_closing = False
         self._settling = 0  # how many threads wait for updates
+        self._outdated: tuple[Step, Visit] | None = None  # which the user's thread wants to be looked up again
         # Of the table thread.
         self._has_begun = self._has_ended = self._is_alone = False
         # Daemons: the one may be inside the user's loader for as long as that likes.
@@ -145,6 +146,32 @@ class Run:
             self._changed.wait_for(lambda: step.sent_at or self._has_ended)
             if not step.sent_at:
                 self._raise()
+
+    def renew(self, visit: Visit) -> None:
+        """Have the batch that the user has looked up again, by the tables as they are now.
+
+        Raises:
+            RuntimeError: The tables are trained by now, but the batch's update has been.
+            BaseException: What ended the pass before.
+        """
+        step = self._current
+        assert step is not None
+        with self._changed:
+            self._outdated = step, visit
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._outdated is None or self._has_ended)
+            finally:
+                left, self._outdated = self._outdated, None
+        if left is not None:
+            if self._failure is not None:
+                self._raise()
+            visit.renew()
+        if step.is_done and visit.is_trained:
+            raise RuntimeError(
+                f"model: expected collection {visit.lane.name!r} to be frozen until the next batch, as it was when the "
+                "backward of this one was done, got weights that are to be trained"
+            )
 
     def _marks(self) -> list[Mark]:
         return [lane.mark() for lane in self._lanes]
@@ -304,21 +331,32 @@ class Run:
                 self._let_go()
 
     def _wait_for(self, is_ready: Callable[[], Any], before: Step | None) -> None:
-        """Wait, and meanwhile update what the user's thread wants to be updated."""
+        """Wait, and meanwhile do what the user's thread waits for."""
 
         def wanted() -> bool:
             return self._settling > 0 and before is not None and bool(before.waiting)
 
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: is_ready() or self._is_closing or wanted())
-                if is_ready() or self._is_closing:
+                self._changed.wait_for(lambda: self._is_closing or self._outdated or is_ready() or wanted())
+                outdated = self._outdated
+                if self._is_closing or (outdated is None and is_ready()):
                     return
+            if outdated is not None:
+                self._renew(*outdated)
+                continue
             assert before is not None
             if before.is_complete:
                 self._finish(before)
             else:
                 self._update(before)
+
+    def _renew(self, step: Step, visit: Visit) -> None:
+        with self._stage("lookup again", step):
+            visit.renew()
+        with self._changed:
+            step.is_renewed, self._outdated = True, None
+            self._changed.notify_all()
 
     def _await_loaded(self, before: Step | None) -> Step | None:
         """The next batch; None when there is none."""
@@ -336,8 +374,8 @@ class Run:
 
     def _look_up_exact(self, before: Step | None, step: Step) -> None:
         self._prepare(step)
-        is_new = before is not None and not before.is_done
-        parting = self._trials.choose() if is_new else Parting.NOTHING
+        can_be_parted = before is not None and before.can_be_parted(step)
+        parting = self._trials.choose() if can_be_parted else Parting.NOTHING
         if before is None or parting is Parting.NOTHING:
             self._finish(before)
             self._look_up(step)
@@ -360,6 +398,10 @@ class Run:
                 for visit, overlap in zip(step.visits, overlaps, strict=True):
                     visit.lookup(overlap, "apart")
         self._await_gradient(before)
+        if before.is_renewed:
+            self._finish(before)
+            self._look_up(step)
+            return
         before.overlaps = overlaps
         with self._stage("update shared", before):
             for visit, overlap in zip(before.visits, overlaps, strict=True):

@@ -36,6 +36,8 @@ class Step:
         self.has_gradient = False
         # With the next batch, once its gradients are to be parted.
         self.overlaps: list[Overlap] | None = None
+        # Whether it has been prepared again, so that overlaps from before are none.
+        self.is_renewed = False
         # Whether the tables have had its update.
         self.is_done = False
 
@@ -44,6 +46,11 @@ class Step:
         """Whether every gradient is there that will be."""
         trained = [visit for visit in self.visits if visit.is_trained]
         return self.is_sealed or (bool(trained) and all(visit.is_left for visit in trained))
+
+    def can_be_parted(self, following: Step) -> bool:
+        """Whether its update and the lookup of the next batch, which is prepared, can be done in parts."""
+        pairs = zip(self.visits, following.visits, strict=True)
+        return not self.is_done and all(visit.can_be_parted(other) for visit, other in pairs)
 
     @property
     def waiting(self) -> list[Visit]:
