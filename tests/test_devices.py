@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from clicks import Updates, assert_same_state, click_log, click_model, pipelined, plain_losses
+import dlrm_rs
+from clicks import Updates, assert_same_state, click_log, click_model, dense_adam, pipelined, plain_losses
+from dlrm_rs import Pipeline
 from dlrm_rs.devices import CPU, StandIn, output_device
 from dlrm_rs.devices.ring import Bytes, Ring, huge_pages
 
@@ -41,6 +43,17 @@ def test_after_some_steps_no_memory_is_allocated_for_rows_and_gradients(updates:
 
     assert max(slots()) <= 6
     assert max(slots()) <= 6
+
+
+def test_after_some_steps_no_memory_is_allocated_for_the_rows_that_max_pooling_takes() -> None:
+    model = click_model()
+    assert isinstance(model.embeddings, dlrm_rs.EmbeddingBagCollection)
+    slots = []
+    for _ in Pipeline(model, dense_adam(model), click_log(40)):
+        lane = model.embeddings._tables.lane
+        assert lane is not None
+        slots.append(len(lane.argmaxes))
+    assert 1 <= max(slots) <= 5
 
 
 def test_a_stand_in_gives_the_bits_of_the_cpu_in_a_plain_loop() -> None:

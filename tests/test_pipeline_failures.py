@@ -489,10 +489,17 @@ def test_models_and_options_that_cannot_be_are_refused() -> None:
         Pipeline(model, adam, [], updates="late")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prefetch: expected at least 1, got 0"):
         Pipeline(model, adam, [], prefetch=0)
+    for prefetch in (2.5, float("nan"), "2"):
+        with pytest.raises(TypeError, match="prefetch: expected an integer"):
+            Pipeline(model, adam, [], prefetch=prefetch)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="without one use batches"):
         list(Pipeline(model, None, []))
     with pytest.raises(ValueError, match=r"expected those of \['embeddings'\], got none of \['embeddings'\]"):
         list(Pipeline(model, adam, click_log(1), features=lambda batch: {"other": batch.sparse}))
+    with pytest.raises(TypeError, match=r"return a KeyedJaggedTensor, or a mapping of one .*, got NoneType"):
+        list(Pipeline(model, adam, click_log(1), features=lambda batch: None))  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match="got one of Tensor"):
+        list(Pipeline(model, adam, click_log(1), features=lambda batch: {"embeddings": batch.dense}))
     pipeline = Pipeline(model, adam, click_log(3))
     losses = loop(pipeline)
     next(losses)

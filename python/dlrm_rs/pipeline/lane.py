@@ -14,6 +14,7 @@ from torch import Tensor
 from dlrm_rs._dlrm_rs import Overlap, Prepared
 from dlrm_rs.collection import EmbeddingBagCollection, LookupCall
 from dlrm_rs.devices.device import Fetched, Mark, Sent
+from dlrm_rs.devices.ring import Ring, huge_pages
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.pipeline.pooled import pooled
 from dlrm_rs.pipeline.watch import Watch
@@ -37,6 +38,7 @@ class Lane:
     Attributes:
         visit: That of the batch that the user has; None between batches.
         watch: Tells whether the tables are as they were.
+        argmaxes: Memory for which row of a bag was the largest.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Lane:
         self.check_finite = check_finite or (optimizer is not None and optimizer.check_finite)
         self.visit: Visit | None = None
         self.watch = Watch(collection._tables)
+        self.argmaxes = Ring(huge_pages)
 
     def attach(self) -> None:
         """Have the tables and their optimizer ask here what is under way."""
@@ -197,7 +200,7 @@ class Visit:
             (self._call.batch_size, self._tables.width), self._tables.output_dtype
         )
         if self._tables.pools_by_max:
-            self._argmax = torch.empty(self._out.shape, dtype=torch.int32, device="cpu")
+            self._argmax = self.lane.argmaxes.take(tuple(self._out.shape), torch.int32)
 
     def can_be_parted(self, following: Visit) -> bool:
         """Whether this batch and the next, which is prepared, know of their ids in the same tables: those trained."""

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dlrm_rs.arguments import check_size
 from dlrm_rs.collection import EmbeddingBagCollection
 from dlrm_rs.keyed_jagged import KeyedJaggedTensor
 from dlrm_rs.pipeline.parting import Trials
 from dlrm_rs.pipeline.run import PATIENCE, Run
 from dlrm_rs.pipeline.split_backward import SplitBackward, linear_layers
-from dlrm_rs.pipeline.timeline import Summary, Timeline
+from dlrm_rs.pipeline.timeline import Summary, Timeline, trace_path
 
 __all__ = ["Pipeline"]
 
@@ -73,8 +74,9 @@ class Pipeline:
         profile: A file for a trace of the last loop, for chrome://tracing or Perfetto.
 
     Raises:
-        TypeError: `dense_optimizer` is no optimizer.
-        ValueError: There is no collection, one without a fused optimizer, or an option that cannot be.
+        TypeError: `dense_optimizer` is no optimizer, or an option is of another type.
+        ValueError: There is no collection, one without a fused optimizer, or an option that cannot be, as a `profile`
+            where no file can be written.
 
     Example:
         >>> import torch, dlrm_rs
@@ -113,7 +115,7 @@ class Pipeline:
     ) -> None:
         if updates not in ("exact", "stale"):
             raise ValueError(f"updates: expected 'exact' or 'stale', got {updates!r}")
-        if prefetch < 1:
+        if check_size("prefetch", prefetch) < 1:
             raise ValueError(f"prefetch: expected at least 1, got {prefetch}")
         self._collections = _collections(model)
         _check_dense_optimizer(dense_optimizer, self._collections)
@@ -122,7 +124,7 @@ class Pipeline:
         self._loss = click_loss if loss is None else loss
         self._updates: Literal["exact", "stale"] = updates
         self._features = find_features if features is None else features
-        self._prefetch, self._check_finite, self._profile = prefetch, check_finite, profile
+        self._prefetch, self._check_finite, self._profile = prefetch, check_finite, trace_path(profile)
         self._is_split = split_backward
         self._trials = Trials()
         self._run: Run | None = None
@@ -213,12 +215,17 @@ class Pipeline:
 
     def _named_features(self, batch: Any) -> Mapping[str, KeyedJaggedTensor]:
         features = self._features(batch)
-        if not isinstance(features, Mapping):
-            return dict.fromkeys(self._collections, features)
-        missing = [name for name in self._collections if name not in features]
+        found = features if isinstance(features, Mapping) else dict.fromkeys(self._collections, features)
+        missing = [name for name in self._collections if name not in found]
         if missing:
             raise ValueError(f"features: expected those of {list(self._collections)}, got none of {missing}")
-        return features
+        others = [found[name] for name in self._collections if not _is_keyed_jagged(found[name])]
+        if others:
+            raise TypeError(
+                "features: expected it to return a KeyedJaggedTensor, or a mapping of one for each collection, got "
+                f"{'one of ' if features is found else ''}{type(others[0]).__name__}"
+            )
+        return found
 
 
 def _interrupt_soon() -> None:

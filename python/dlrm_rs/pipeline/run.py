@@ -288,6 +288,7 @@ class Run:
                 with self._changed:
                     if self._is_closing:
                         return
+                    step.loaded_at = time.perf_counter()
                     self._loaded.append(step)
                     self._changed.notify_all()
                     self._changed.wait_for(lambda: len(self._loaded) < self._prefetch or self._is_closing)
@@ -473,7 +474,7 @@ class Run:
                     visit.update(overlap, "apart")
         self._timeline.steps += step.is_complete
         if step.number > 0:  # to begin with there is nothing to hide behind
-            self._timeline.exposed += step.exposed
+            self._timeline.waited(*step.waits())
         with self._changed:
             step.is_done = True
             self._changed.notify_all()

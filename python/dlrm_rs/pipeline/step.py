@@ -24,6 +24,8 @@ class Step:
         self.number = number
         self.batch = batch
         self.visits = visits
+        # When the loader had given it.
+        self.loaded_at = 0.0
         # The ends of the devices' queues when the user asked for it, and when he had it.
         self.asked: list[Mark] = []
         self.given_at = 0.0
@@ -57,11 +59,20 @@ class Step:
         """Those whose gradient has been left and whose tables have not had it."""
         return [visit for visit in self.visits if visit.is_waiting]
 
-    @property
-    def exposed(self) -> float:
-        """Seconds for which the devices, with nothing else to do, waited for the batch and then for its rows."""
-        waits = [(self.asked, self.given_at), (self.wanted, self.sent_at)]
-        return sum(max(end - max(mark.time() for mark in begin), 0.0) for begin, end in waits if begin)
+    def waits(self) -> tuple[float, float]:
+        """Seconds for which the devices had nothing else to do.
+
+        Returns:
+            While the batch was being loaded, and while it was prepared and its rows were made.
+        """
+        loading = exposed = 0.0
+        if self.asked:
+            idle_at = max(mark.time() for mark in self.asked)
+            loading = max(min(self.loaded_at, self.given_at) - idle_at, 0.0)
+            exposed = max(self.given_at - max(idle_at, self.loaded_at), 0.0)
+        if self.wanted:
+            exposed += max(self.sent_at - max(mark.time() for mark in self.wanted), 0.0)
+        return loading, exposed
 
     def drop(self) -> None:
         """Leave out what of its update has not begun, since it cannot be."""
