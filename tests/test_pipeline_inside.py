@@ -369,3 +369,16 @@ def test_the_gradient_of_the_rows_is_left_before_layers_below_have_theirs(monkey
         weight.register_post_accumulate_grad_hook(lambda _: order.append("bottom"))
     pipelined(model, click_log(2), split_backward=False)
     assert order == ["rows", "bottom", "bottom"] * 2
+
+
+def test_a_collection_that_has_taken_the_place_of_another_is_the_one_that_takes_part() -> None:
+    log, plain, model = click_log(6), click_model(), click_model()
+    pipeline = Pipeline(model, dense_adam(model), log)
+    model.embeddings = copy.deepcopy(model.embeddings)
+    assert isinstance(model.embeddings, EmbeddingBagCollection)
+    assert model.embeddings._tables.lane is None
+    losses: list[float] = []
+    for loss in pipeline:
+        assert model.embeddings._tables.lane is not None
+        losses.append(loss.item())
+    assert losses == trained(plain, dense_adam(plain), log)

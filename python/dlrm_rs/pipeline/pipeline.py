@@ -164,6 +164,7 @@ class Pipeline:
         if self._run is not None:
             raise RuntimeError("batches: expected one loop over a pipeline at a time, got a second")
         self._timeline = Timeline(self._profile)
+        self._collections = _collections(self._model)  # as it may have others by now
         run = Run(
             self._collections,
             self._loader,
