@@ -300,7 +300,10 @@ def test_a_loader_that_is_left_can_be_gone_on_with() -> None:
 
 
 ABANDONED = """
-import sys, torch
+import atexit, sys, threading
+# What is registered first comes last, just before the interpreter takes its threads down.
+atexit.register(lambda: print([thread.name for thread in threading.enumerate() if "dlrm-rs-" in thread.name]))
+import torch
 torch.set_num_threads(1)
 from clicks import click_log, click_model, dense_adam
 from dlrm_rs import Pipeline
@@ -319,6 +322,7 @@ def test_an_interpreter_that_ends_inside_of_a_loop_ends_as_it_should(updates: Up
     run = [sys.executable, "-c", ABANDONED, updates]
     ended = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1, ended.stderr
+    assert ended.stdout == "[]\n"
     assert ended.stderr.endswith("ValueError: the user's\n")
 
 
