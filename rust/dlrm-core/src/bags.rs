@@ -64,33 +64,12 @@ impl Ids<'_> {
         self.len() == 0
     }
 
-    /// The rows that `COUNT` ids from `position` on name.
-    #[inline(always)]
-    pub(crate) fn rows<const COUNT: usize>(&self, position: usize) -> [u64; COUNT] {
-        match self {
-            Self::I32(ids) => rows_in(ids, position),
-            Self::I64(ids) => rows_in(ids, position),
-        }
-    }
-
-    /// Whether an id at `positions` is `padding`.
-    pub(crate) fn has(&self, positions: Range<usize>, padding: u64) -> bool {
-        padding != u64::MAX
-            && with_ids!(self, |ids| count(&ids[positions.clone()], padding) < positions.len())
-    }
-
     pub(crate) fn get(&self, position: usize) -> i64 {
         match self {
             Self::I32(ids) => i64::from(ids[position]),
             Self::I64(ids) => ids[position],
         }
     }
-}
-
-#[inline(always)]
-fn rows_in<I: Id, const COUNT: usize>(ids: &[I], position: usize) -> [u64; COUNT] {
-    let ids = &ids[position..position + COUNT];
-    std::array::from_fn(|i| ids[i].row())
 }
 
 /// How many of `ids` are not `padding`.

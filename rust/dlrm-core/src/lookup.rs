@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 
-use crate::bags::{Bags, Id, with_ids};
+use crate::bags::{Bags, Id, count, with_ids};
 use crate::disjoint::Disjoint;
 use crate::kernels::LANES;
 use crate::kernels::pool::{Pool, ahead, is_near};
@@ -204,44 +204,59 @@ impl<'a> Lookup<'a> {
     }
 
     /// Pools some units of a feature.
-    pub(crate) fn piece<R: Rows>(
-        &self,
-        level: Level,
-        rows: R,
-        Place { bags, feature, row_lines, first, slot }: Place,
-        units: Range<usize>,
-    ) {
-        let Feature { table, pooling, padding } = self.set.features[feature];
-        let all = Pool {
-            ahead: ahead(row_lines),
-            near: is_near(rows.bytes(0).1 * self.set.specs[table].rows),
-            rows,
-            ids: bags.ids,
-            bags,
-            pooling,
-            padding: padding.map_or(u64::MAX, |p| p as u64),
-            first,
-            units,
-            slot,
-            out: &self.out,
-            argmax: self.argmax.as_ref().filter(|_| pooling == Pooling::Max),
+    pub(crate) fn piece<R: Rows>(&self, level: Level, rows: R, place: Place, units: Range<usize>) {
+        with_ids!(place.bags.ids, |ids| self.piece_of(level, rows, place, ids, units));
+    }
+
+    /// The same, with `ids` those of `place`.
+    fn piece_of<R: Rows, I: Id>(&self, level: Level, rows: R, place: Place, ids: &[I], units: Range<usize>) {
+        let Feature { table, pooling, padding } = self.set.features[place.feature];
+        let Place { bags, first, slot, .. } = place;
+        let positions = match pooling {
+            Pooling::None => first + units.start..first + units.end,
+            _ => bags.bounds(first + units.start).start..bags.bounds(first + units.end - 1).end,
         };
-        let positions = all.positions();
-        if let Some(bad) =
-            with_ids!(bags.ids, |ids| first_bad(&ids[positions.clone()], self.set.specs[table].rows))
-        {
+        let padding = padding.map_or(u64::MAX, |p| p as u64);
+        let is_sum = matches!(pooling, Pooling::Sum | Pooling::Mean);
+        if let Some(bad) = first_bad(&ids[positions.clone()], self.set.specs[table].rows) {
             self.bad.fetch_min(positions.start + bad, Ordering::Relaxed);
-        } else if matches!(pooling, Pooling::Sum | Pooling::Mean) && bags.ids.has(positions, all.padding) {
+        } else if is_sum && padding != u64::MAX && count(&ids[positions.clone()], padding) < positions.len() {
             // No sum looks for padding: it is left out before.
-            let units = all.units.clone();
             let mut starts = vec![0; units.len() + 1];
             bags.starts(first + units.start, &mut starts);
-            let own = with_ids!(bags.ids, |ids| OwnBags::without(all.padding, &starts, ids, bags.weights));
+            let own = OwnBags::without(padding, &starts, ids, bags.weights);
             let bags = &own.bags().expect("offsets that ascend");
-            let slot = slot.from(units.start);
-            level.run(Pool { ids: bags.ids, bags, first: 0, units: 0..units.len(), slot, ..all });
+            let place = Place { bags, first: 0, slot: slot.from(units.start), ..place };
+            level.run(self.pool(rows, place, &own.ids, 0..own.ids.len(), 0..units.len()));
         } else {
-            level.run(all);
+            level.run(self.pool(rows, place, ids, positions, units));
+        }
+    }
+
+    /// `positions` is where the ids of `units` are.
+    fn pool<'b, R: Rows, I: Id>(
+        &'b self,
+        rows: R,
+        place: Place<'b>,
+        ids: &'b [I],
+        positions: Range<usize>,
+        units: Range<usize>,
+    ) -> Pool<'b, R, I> {
+        let Feature { table, pooling, padding } = self.set.features[place.feature];
+        Pool {
+            ahead: ahead(place.row_lines),
+            near: is_near(rows.bytes(0).1 * self.set.specs[table].rows),
+            rows,
+            ids,
+            positions,
+            bags: place.bags,
+            pooling,
+            padding: padding.map_or(u64::MAX, |p| p as u64),
+            first: place.first,
+            units,
+            slot: place.slot,
+            out: &self.out,
+            argmax: self.argmax.as_ref().filter(|_| pooling == Pooling::Max),
         }
     }
 }

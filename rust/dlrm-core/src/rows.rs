@@ -19,8 +19,20 @@ pub(crate) trait Rows: Copy + Send + Sync {
     /// The same rows, which are `vectors` vectors long: where that is a constant, it becomes part of the code.
     fn of_vectors(self, vectors: usize) -> Self;
 
-    /// A row, to be read, times a weight if there is one; not of those that are [cached](Self::cached).
-    fn open<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, Self::Reading>;
+    /// Rows, to be read, each times its weight if there is one; not of those that are [cached](Self::cached).
+    fn open_all<S: Simd, const COUNT: usize>(
+        &self,
+        simd: S,
+        rows: [usize; COUNT],
+        weights: [Option<f32>; COUNT],
+    ) -> [Row<'_, S, Self::Reading>; COUNT];
+
+    /// One row, likewise.
+    #[inline(always)]
+    fn open<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, Self::Reading> {
+        let [row] = self.open_all(simd, [row], [weight]);
+        row
+    }
 
     /// Whether there may be rows that are kept in fp32 beside the others.
     fn has_cached(&self) -> bool;
@@ -347,28 +359,13 @@ packing!(
     Int8, [u8; LANES], load_int8, store_int8
 );
 packing!(
+    /// Codes of 4 bits.
+    Int4, [u8; LANES / 2], load_int4, store_int4
+);
+packing!(
     /// Codes of 2 bits.
     Int2, [u8; LANES / 4], load_int2, store_int2
 );
-
-/// Codes of 4 bits, into a codebook.
-#[derive(Clone, Copy)]
-pub(crate) struct Int4<'a>(pub(crate) &'a Lanes);
-
-impl Packing for Int4<'_> {
-    type Unit = u8;
-    type Group = [u8; LANES / 2];
-
-    #[inline(always)]
-    fn load<S: Simd>(self, simd: S, group: &Self::Group) -> S::V {
-        simd.look_up(group, simd.load(self.0))
-    }
-
-    #[inline(always)]
-    fn store<S: Simd>(self, simd: S, group: &mut Self::Group, numbers: S::V) {
-        simd.store_int4(group, numbers);
-    }
-}
 
 /// Elements are the numbers that are packed.
 #[derive(Clone, Copy)]
@@ -525,6 +522,13 @@ pub(crate) struct PlainRows<'a, P: Packing> {
     pub(crate) dim: usize,
 }
 
+impl<P: Packing> PlainRows<'_, P> {
+    #[inline(always)]
+    fn read<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, Plain<P>> {
+        Row::new(Plain(self.packing), row_of(self.data, row, self.dim), splat(simd, weight), self.dim)
+    }
+}
+
 impl<P: Packing<Unit: Send + Sync>> Rows for PlainRows<'_, P> {
     type Reading = Plain<P>;
 
@@ -539,8 +543,17 @@ impl<P: Packing<Unit: Send + Sync>> Rows for PlainRows<'_, P> {
     }
 
     #[inline(always)]
-    fn open<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, Plain<P>> {
-        Row::new(Plain(self.packing), row_of(self.data, row, self.dim), splat(simd, weight), self.dim)
+    fn open_all<S: Simd, const COUNT: usize>(
+        &self,
+        simd: S,
+        rows: [usize; COUNT],
+        weights: [Option<f32>; COUNT],
+    ) -> [Row<'_, S, Plain<P>>; COUNT] {
+        let mut all = [self.read(simd, rows[0], weights[0]); COUNT];
+        for i in 1..COUNT {
+            all[i] = self.read(simd, rows[i], weights[i]);
+        }
+        all
     }
 
     #[inline(always)]
@@ -581,6 +594,8 @@ pub(crate) struct QuantizedRows<'a, R> {
     pub(crate) reading: R,
     pub(crate) codes: &'a [u8],
     pub(crate) scales: Scales<'a>,
+    /// Bytes of a row's scale and bias: known here, they take no question about their format.
+    pub(crate) pair_bytes: usize,
     pub(crate) row_bytes: usize,
     pub(crate) dim: usize,
     /// The rows that are not in codes.
@@ -588,16 +603,17 @@ pub(crate) struct QuantizedRows<'a, R> {
 }
 
 impl<R: CodeReading> QuantizedRows<'_, R> {
-    /// A row in codes, read so.
+    /// A row in codes, of such scale and bias, read so.
     #[inline(always)]
     fn read<S: Simd, A: CodeReading>(
         &self,
         simd: S,
         reading: A,
         row: usize,
+        affine: [S::V; 2],
         weight: Option<f32>,
     ) -> Row<'_, S, A> {
-        let with = reading.with(simd, self.scales.splat(simd, row), splat(simd, weight));
+        let with = reading.with(simd, affine, splat(simd, weight));
         Row::new(reading, row_of(self.codes, row, self.row_bytes), with, self.dim)
     }
 }
@@ -616,16 +632,27 @@ impl<R: CodeReading> Rows for QuantizedRows<'_, R> {
     }
 
     #[inline(always)]
-    fn open<S: Simd>(&self, simd: S, row: usize, weight: Option<f32>) -> Row<'_, S, R> {
-        self.read(simd, self.reading, row, weight)
+    fn open_all<S: Simd, const COUNT: usize>(
+        &self,
+        simd: S,
+        rows: [usize; COUNT],
+        weights: [Option<f32>; COUNT],
+    ) -> [Row<'_, S, R>; COUNT] {
+        let affine = self.scales.splat(simd, rows);
+        let mut all = [self.read(simd, self.reading, rows[0], affine[0], weights[0]); COUNT];
+        for i in 1..COUNT {
+            all[i] = self.read(simd, self.reading, rows[i], affine[i], weights[i]);
+        }
+        all
     }
 
     #[inline(always)]
     fn load_at<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V {
-        match self.cached(simd, row, None) {
-            Some(row) => row.vector(simd, at, self.dim),
-            None => self.read(simd, self.reading.alone(), row, None).vector(simd, at, self.dim),
+        if let Some(row) = self.cached(simd, row, None) {
+            return row.vector(simd, at, self.dim);
         }
+        let [affine] = self.scales.splat(simd, [row]);
+        self.read(simd, self.reading.alone(), row, affine, None).vector(simd, at, self.dim)
     }
 
     #[inline(always)]
@@ -647,14 +674,15 @@ impl<R: CodeReading> Rows for QuantizedRows<'_, R> {
 
     #[inline(always)]
     fn scale(&self, row: u64) -> Option<*const u8> {
-        Some(self.scales.address(row as usize))
+        Some(self.scales.start().wrapping_add((row as usize).wrapping_mul(self.pair_bytes)))
     }
 }
 
 /// Runs `$body` with `$rows` the rows that a [`RowsRef`](crate::table_rows::RowsRef) is of, whatever their format.
 macro_rules! with_rows {
     ($rows_ref:expr, |$rows:ident| $body:expr) => {{
-        use $crate::rows::{Bf16, Chosen, ChosenInPairs, Fp16, Fp32, Int2, Int8, LONG, Scaled};
+        use $crate::rows::{Bf16, Chosen, ChosenInPairs, Fp16, Fp32, Int2, Int4, Int8, LONG, Scaled};
+        use $crate::table_rows::UNIFORM;
         let of: $crate::table_rows::RowsRef = $rows_ref;
         match of.format {
             $crate::RowFormat::Fp32 => {
@@ -671,6 +699,10 @@ macro_rules! with_rows {
             }
             $crate::RowFormat::Int8 => {
                 let $rows = of.quantized(Scaled(Int8));
+                $body
+            }
+            $crate::RowFormat::Int4 if *of.codebook == UNIFORM => {
+                let $rows = of.quantized(Scaled(Int4));
                 $body
             }
             $crate::RowFormat::Int4 if of.dim < LONG => {

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use crate::kernels::Simd;
 use crate::{Error, Result, named};
 use bytemuck::{cast_slice, cast_slice_mut};
+use half::f16;
 
 /// How a scale or a bias is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,19 +167,37 @@ impl<'a> Scales<'a> {
     pub(crate) fn get(self, row: usize) -> [f32; 2] {
         match self {
             Self::Fp32(pairs) => pairs[row],
-            Self::Fp16(pairs) => pairs[row].map(fp16),
+            Self::Fp16(pairs) => pairs[row].map(|x| f16::from_bits(x).to_f32()),
             Self::Bf16(pairs) => pairs[row].map(|x| f32::from_bits(u32::from(x) << 16)),
         }
     }
 
-    /// The same, each in all lanes of a vector.
+    /// The same of some rows, each in all lanes of a vector; how they are stored is asked once for all of them.
     #[inline(always)]
-    pub(crate) fn splat<S: Simd>(self, simd: S, row: usize) -> [S::V; 2] {
+    pub(crate) fn splat<S: Simd, const COUNT: usize>(
+        self,
+        simd: S,
+        rows: [usize; COUNT],
+    ) -> [[S::V; 2]; COUNT] {
+        let mut all = [[simd.splat(0.0); 2]; COUNT];
         match self {
-            Self::Fp32(pairs) => [simd.splat(pairs[row][0]), simd.splat(pairs[row][1])],
-            Self::Fp16(pairs) => [simd.splat(fp16(pairs[row][0])), simd.splat(fp16(pairs[row][1]))],
-            Self::Bf16(pairs) => simd.splat_bf16(&pairs[row]),
+            Self::Fp32(pairs) => {
+                for (pair, row) in all.iter_mut().zip(rows) {
+                    *pair = [simd.splat(pairs[row][0]), simd.splat(pairs[row][1])];
+                }
+            }
+            Self::Fp16(pairs) => {
+                for (pair, row) in all.iter_mut().zip(rows) {
+                    *pair = simd.splat_fp16(&pairs[row]);
+                }
+            }
+            Self::Bf16(pairs) => {
+                for (pair, row) in all.iter_mut().zip(rows) {
+                    *pair = simd.splat_bf16(&pairs[row]);
+                }
+            }
         }
+        all
     }
 
     /// The way of a row that a cache has, if it is [marked](mark) as one.
@@ -191,27 +210,14 @@ impl<'a> Scales<'a> {
         (scale == CACHED).then_some(usize::from(way))
     }
 
-    /// Where a row's are, for prefetching only.
+    /// Where the first row's are, for prefetching only.
     #[inline(always)]
-    pub(crate) fn address(self, row: usize) -> *const u8 {
+    pub(crate) fn start(self) -> *const u8 {
         match self {
-            Self::Fp32(pairs) => pairs.as_ptr().wrapping_add(row).cast(),
-            Self::Fp16(pairs) | Self::Bf16(pairs) => pairs.as_ptr().wrapping_add(row).cast(),
+            Self::Fp32(pairs) => pairs.as_ptr().cast(),
+            Self::Fp16(pairs) | Self::Bf16(pairs) => pairs.as_ptr().cast(),
         }
     }
-}
-
-/// A number of half precision that is not infinite, as no scale is; NaN, of whatever bits, is one.
-///
-/// Its exponent is too large by 127 - 15 where the bits are read as single precision's; a multiplication mends that
-/// for denormal numbers too.
-#[inline(always)]
-fn fp16(x: u16) -> f32 {
-    const MEND: f32 = f32::from_bits((127 + 127 - 15) << 23);
-    const INFINITE: u16 = 0x7C00;
-    let mend = if x & 0x7FFF < INFINITE { MEND } else { f32::NAN };
-    let magnitude = f32::from_bits((u32::from(x) & 0x7FFF) << 13) * mend;
-    f32::from_bits(magnitude.to_bits() | (u32::from(x) & 0x8000) << 16)
 }
 
 /// The bits of a number of half precision that is not infinite.
@@ -249,11 +255,12 @@ pub(crate) fn mark(format: ScaleFormat, bytes: &mut [u8], row: usize, way: usize
 
 #[cfg(test)]
 mod tests {
-    use half::{bf16, f16};
+    use half::bf16;
 
     use super::*;
-    use crate::kernels::LANES;
+    use crate::Level;
     use crate::kernels::scalar::Scalar;
+    use crate::kernels::{Kernel, LANES, Lanes};
 
     #[test]
     fn numbers_are_rounded_as_the_standard_says() {
@@ -308,16 +315,34 @@ mod tests {
         }
     }
 
-    #[test]
-    fn every_finite_fp16_is_read_and_stored_as_it_is() {
-        for bits in 0..=u16::MAX {
-            let expected = f16::from_bits(bits);
-            if expected.is_finite() {
-                assert_eq!(fp16(bits).to_bits(), expected.to_f32().to_bits(), "{expected}");
-                assert_eq!(fp16_bits(expected.to_f32()), bits, "{expected}");
-            } else if expected.is_nan() {
-                assert!(fp16(bits).is_nan());
+    /// Scale and bias of every pair, in all lanes.
+    struct Splat<'a>(&'a [[u16; 2]]);
+
+    impl Kernel for Splat<'_> {
+        type Output = Vec<[Lanes; 2]>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Self::Output {
+            let mut out = Vec::new();
+            for row in 0..self.0.len() {
+                let [[scale, bias]] = Scales::Fp16(self.0).splat(simd, [row]);
+                out.push([simd.lanes(scale), simd.lanes(bias)]);
             }
+            out
+        }
+    }
+
+    #[test]
+    fn every_fp16_is_read_as_it_is_at_every_level_and_every_finite_one_stored() {
+        let pairs: Vec<_> = (0..=u16::MAX).map(|bits| [bits, !bits]).collect();
+        for level in Level::available() {
+            for (pair, read) in pairs.iter().zip(level.run(Splat(&pairs))) {
+                let expected = pair.map(|bits| [f16::from_bits(bits).to_f32().to_bits(); LANES]);
+                assert_eq!(read.map(|lanes| lanes.map(f32::to_bits)), expected, "{level:?}: {pair:x?}");
+            }
+        }
+        for bits in (0..=u16::MAX).filter(|&bits| f16::from_bits(bits).is_finite()) {
+            assert_eq!(fp16_bits(f16::from_bits(bits).to_f32()), bits);
         }
     }
 

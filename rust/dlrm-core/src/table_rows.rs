@@ -250,6 +250,7 @@ impl<'a> RowsRef<'a> {
             reading,
             codes: self.elements,
             scales: Scales::new(self.scale_format, self.scales),
+            pair_bytes: self.scale_format.pair_bytes(),
             row_bytes: self.format.row_bytes(self.dim),
             dim: self.dim,
             cache: self.cache,

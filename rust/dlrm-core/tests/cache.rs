@@ -150,8 +150,8 @@ fn a_lookup_is_the_same_everywhere_and_that_of_the_decoded_rows() {
                         "{format} D {dim} {pooling} {level:?}"
                     );
                 }
-                // Codes of 8 and of 2 bits are added without their bias, which is added apart.
-                let one_by_one = format == RowFormat::Int4 || matches!(pooling, Pooling::None | Pooling::Max);
+                // Codes are added without their bias, which is added apart.
+                let one_by_one = matches!(pooling, Pooling::None | Pooling::Max);
                 let allowed = if one_by_one { 0.0 } else { 1e-6 };
                 for (&a, &b) in expected.iter().zip(&decoded) {
                     let (a, b) = (f32::from_bits(a), f32::from_bits(b));

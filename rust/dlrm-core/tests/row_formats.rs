@@ -140,7 +140,9 @@ proptest! {
         let mut at = 0;
         for (f, ids) in case.output_rows() {
             let Feature { table, pooling, .. } = case.features[f];
-            let one_by_one = !matches!(encodings()[chosen[table]].format, RowFormat::Int8 | RowFormat::Int2)
+            let Encoding { format, method, .. } = encodings()[chosen[table]];
+            let one_by_one = !format.is_quantized()
+                || method == Method::Codebook
                 || matches!(pooling, Pooling::None | Pooling::Max);
             // Elements, and what codes stand for without the bias, are below 4 in size.
             let allowed = if one_by_one { 0.0 } else { 4.0 * f32::EPSILON * (ids.len() as f32).powi(2) };

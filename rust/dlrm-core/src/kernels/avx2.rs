@@ -118,6 +118,22 @@ impl Avx2 {
         })
     }
 
+    /// 16 codes of 4 bits in the low bits of a lane each, under what other bits there may be.
+    #[inline(always)]
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "so that each half is loaded into all lanes")]
+    fn at_low_bits(self, codes: &[u8; LANES / 2]) -> [__m256i; 2] {
+        let (eights, _) = codes.as_chunks();
+        // Each lane gets 8 codes, and shifts its own down.
+        have!({
+            let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+            let [low, high] = [eights[0], eights[1]].map(i32::from_le_bytes);
+            [
+                _mm256_srlv_epi32(_mm256_set1_epi32(low), shifts),
+                _mm256_srlv_epi32(_mm256_set1_epi32(high), shifts),
+            ]
+        })
+    }
+
     /// `of[place]` of 8 places.
     #[inline(always)]
     fn at_places(self, places: __m256i, of: Pair) -> __m256 {
@@ -189,6 +205,14 @@ impl Simd for Avx2 {
             let first = _mm256_slli_epi32::<16>(both);
             let second = _mm256_and_si256(both, _mm256_set1_epi32(!0xFFFF));
             [[_mm256_castsi256_ps(first); 2], [_mm256_castsi256_ps(second); 2]]
+        })
+    }
+
+    #[inline(always)]
+    fn splat_fp16(self, pair: &[u16; 2]) -> [Pair; 2] {
+        have!({
+            let both = _mm256_cvtph_ps(_mm_set1_epi32(bytemuck::cast(*pair)));
+            [[_mm256_moveldup_ps(both); 2], [_mm256_movehdup_ps(both); 2]]
         })
     }
 
@@ -280,14 +304,21 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn look_up(self, codes: &[u8; LANES / 2], of: Pair) -> Pair {
+    fn load_int4(self, from: &[u8; LANES / 2]) -> Pair {
+        let [low, high] = self.at_low_bits(from);
         have!({
-            let all = _mm256_set1_epi64x(i64::from_le_bytes(*codes));
-            let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-            let low = _mm256_srlv_epi32(_mm256_shuffle_epi32::<0x00>(all), shifts);
-            let high = _mm256_srlv_epi32(_mm256_shuffle_epi32::<0x55>(all), shifts);
-            [self.at_places(low, of), self.at_places(high, of)]
+            let code = _mm256_set1_epi32(15);
+            [
+                _mm256_cvtepi32_ps(_mm256_and_si256(low, code)),
+                _mm256_cvtepi32_ps(_mm256_and_si256(high, code)),
+            ]
         })
+    }
+
+    #[inline(always)]
+    fn look_up(self, codes: &[u8; LANES / 2], of: Pair) -> Pair {
+        let [low, high] = self.at_low_bits(codes);
+        [self.at_places(low, of), self.at_places(high, of)]
     }
 
     /// The first bytes of all lanes, their second ones, third and fourth; in both halves of a register.

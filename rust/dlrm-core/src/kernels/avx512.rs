@@ -42,6 +42,18 @@ impl Avx512 {
             [_mm512_castps512_ps256(v), _mm256_castpd_ps(high)]
         })
     }
+
+    /// 16 codes of 4 bits in the low bits of a lane each, under what other bits there may be.
+    #[inline(always)]
+    fn at_low_bits(self, codes: [u8; LANES / 2]) -> __m512i {
+        have!({
+            // Each lane gets the 8 codes that its own is among, and shifts its own down.
+            let eights = _mm512_set1_epi64(i64::from_le_bytes(codes));
+            let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+            _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, eights), shifts)
+        })
+    }
 }
 
 /// The mask of the first `n < LANES` lanes.
@@ -61,6 +73,14 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         have!(_mm512_set1_ps(x))
+    }
+
+    #[inline(always)]
+    fn splat_fp16(self, pair: &[u16; 2]) -> [__m512; 2] {
+        have!({
+            let both = _mm512_cvtph_ps(_mm256_set1_epi32(bytemuck::cast(*pair)));
+            [_mm512_moveldup_ps(both), _mm512_movehdup_ps(both)]
+        })
     }
 
     #[inline(always)]
@@ -144,16 +164,14 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn load_int4(self, from: &[u8; LANES / 2]) -> __m512 {
+        have!(_mm512_cvtepi32_ps(_mm512_and_epi32(self.at_low_bits(*from), _mm512_set1_epi32(15))))
+    }
+
+    #[inline(always)]
     fn look_up(self, codes: &[u8; LANES / 2], of: __m512) -> __m512 {
-        have!({
-            // Each lane gets the 8 codes that its own is among, and shifts its own down; of the index of a lane only the
-            // low 4 bits count.
-            let eights = _mm512_set1_epi64(i64::from_le_bytes(*codes));
-            let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-            let codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, eights), shifts);
-            _mm512_permutexvar_ps(codes, of)
-        })
+        // Of the index of a lane only the low 4 bits count.
+        have!(_mm512_permutexvar_ps(self.at_low_bits(*codes), of))
     }
 
     #[inline(always)]

@@ -179,7 +179,7 @@ macro_rules! with_packing {
                 $body
             }
             RowFormat::Int4 => {
-                let $packing = Int4(&UNIFORM);
+                let $packing = Int4;
                 $body
             }
             RowFormat::Int2 => {

@@ -15,7 +15,7 @@ use super::{Kernel, LANES, Simd};
 use crate::RowFormat;
 use crate::rows::{Bf16, Fp16, Fp32, Int2, Int4, Int8, Packing};
 use crate::scales;
-use crate::table_rows::{RowsMut, UNIFORM};
+use crate::table_rows::RowsMut;
 
 /// How scale and bias are found.
 #[derive(Clone, Copy)]
@@ -81,8 +81,8 @@ impl Kernel for Encode<'_> {
             (RowFormat::Fp16, _) => self.elements(simd, Fp16, FP16_LARGEST),
             (RowFormat::Bf16, _) => self.elements(simd, Bf16, BF16_LARGEST),
             (RowFormat::Int8, _) => self.codes(simd, Int8, Uniform::of(format)),
-            (RowFormat::Int4, Search::Codebook(codebook)) => self.codes(simd, Int4(&UNIFORM), codebook),
-            (RowFormat::Int4, _) => self.codes(simd, Int4(&UNIFORM), Uniform::of(format)),
+            (RowFormat::Int4, Search::Codebook(codebook)) => self.codes(simd, Int4, codebook),
+            (RowFormat::Int4, _) => self.codes(simd, Int4, Uniform::of(format)),
             (RowFormat::Int2, _) => self.codes(simd, Int2, Uniform::of(format)),
         }
     }

@@ -135,6 +135,11 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn load_int4(self, from: &[u8; LANES / 2]) -> Self::V {
+        self.load_int8(&std::array::from_fn(|i| from[i / 2] >> (i % 2 * 4) & 15))
+    }
+
+    #[inline(always)]
     fn look_up(self, codes: &[u8; LANES / 2], of: Self::V) -> Self::V {
         self.load(&Scalar.look_up(codes, self.lanes(of)))
     }

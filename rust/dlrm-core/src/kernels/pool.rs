@@ -9,8 +9,8 @@
 //! ```
 //! Padding ids are left out everywhere but in none; a bag with no other id gives zeros, and -1 for argmax.
 //!
-//! A sum of rows of int8 and int2, whose elements are `scale * code + bias`, takes the biases of some rows before it takes
-//! their codes, so that an element costs one operation:
+//! A sum of quantized rows, whose elements are `scale * code + bias`, takes the biases of some rows before it takes their
+//! codes, so that an element costs one operation:
 //!
 //! ```text
 //! for rows in the bag, 4 by 4, and what is left one by one:
@@ -18,7 +18,8 @@
 //!     for row in rows:
 //!         out[c] = code[c] * (scale * w) + out[c]         (rounded once)
 //! ```
-//! All are taken one by one in a table that has cached rows, which are added as fp32 rows are. Products with the weight and sums
+//! All are taken one by one in a table that has cached rows, which are added as fp32 rows are; so are the elements of int4
+//! rows whose codes mean the numbers of a codebook. Products with the weight and sums
 //! of biases come first: a weight that is infinite makes NaN of a code that is zero, and biases near the largest number may
 //! overflow where the elements would not.
 
@@ -28,7 +29,7 @@ use std::ops::Range;
 use smallvec::SmallVec;
 
 use super::{Kernel, LANES, Lanes, Simd};
-use crate::bags::{Bags, Ids};
+use crate::bags::{Bags, Id};
 use crate::disjoint::Disjoint;
 use crate::lookup::{Outputs, Pooling};
 use crate::rows::{Bf16, Fp16, Reading, Row, Rows, pack};
@@ -50,10 +51,12 @@ pub(crate) fn is_near(table_bytes: usize) -> bool {
 const GROUP: usize = 64;
 
 /// A run of one feature's units.
-pub(crate) struct Pool<'a, R> {
+pub(crate) struct Pool<'a, R, I> {
     pub(crate) rows: R,
-    /// Of the whole call; those of `units` are below the number of rows.
-    pub(crate) ids: Ids<'a>,
+    /// Of all `bags`.
+    pub(crate) ids: &'a [I],
+    /// Where those of `units` are; they are below the number of rows.
+    pub(crate) positions: Range<usize>,
     pub(crate) bags: &'a Bags<'a>,
     pub(crate) pooling: Pooling,
     /// An id to leave out of a maximum, `u64::MAX` for none; bags to be added up have none of it.
@@ -70,79 +73,73 @@ pub(crate) struct Pool<'a, R> {
     pub(crate) argmax: Option<&'a Disjoint<'a, f32>>,
 }
 
-impl<R: Rows> Kernel for Pool<'_, R> {
+impl<R: Rows, I: Id> Kernel for Pool<'_, R, I> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let end = if self.near { 0 } else { self.positions().end };
+        // The ids up to the last that is prefetched.
+        let soon = if self.near { &[] } else { &self.ids[..self.positions.end] };
+        for id in soon.iter().skip(self.positions.start).take(self.ahead) {
+            prefetch(simd, &self.rows, [id.row()]);
+        }
         match self.pooling {
-            Pooling::None => self.each(simd, end),
-            Pooling::Max => self.bags_by(simd, Max, end),
-            _ if R::Reading::IN_PAIRS => self.sums::<S, 2>(simd, end),
-            _ => self.sums::<S, 4>(simd, end),
+            Pooling::None => self.each(simd, soon),
+            Pooling::Max => self.bags_by(simd, Max, soon),
+            _ if R::Reading::IN_PAIRS => self.sums::<S, 2>(simd, soon),
+            _ => self.sums::<S, 4>(simd, soon),
         }
     }
 }
 
 /// How a bag becomes a row.
 trait Mode: Copy {
-    /// Pools the ids at `bag` into `out`, the row of `unit`; `end` is where the ids end that are prefetched.
-    fn pool<S: Simd, R: Rows>(
+    /// Pools the ids at `bag` into `out`, the row of `unit`; `soon` has those that are prefetched.
+    fn pool<S: Simd, R: Rows, I: Id>(
         &self,
         simd: S,
-        of: &Pool<R>,
+        of: &Pool<R, I>,
         unit: usize,
         bag: Range<usize>,
-        end: usize,
+        soon: &[I],
         out: &mut [f32],
     );
 }
 
-impl<R: Rows> Pool<'_, R> {
-    /// Where the ids of all units are.
-    #[inline(always)]
-    pub(crate) fn positions(&self) -> Range<usize> {
-        if self.pooling == Pooling::None {
-            return self.first + self.units.start..self.first + self.units.end;
-        }
-        let last = self.first + self.units.end - 1;
-        self.bags.bounds(self.first + self.units.start).start..self.bags.bounds(last).end
-    }
-
+impl<R: Rows, I: Id> Pool<'_, R, I> {
     /// Sum or mean of every bag, so many rows at once.
     #[inline(always)]
-    fn sums<S: Simd, const AT_ONCE: usize>(&self, simd: S, end: usize) {
+    fn sums<S: Simd, const AT_ONCE: usize>(&self, simd: S, soon: &[I]) {
         let rows = self.rows;
         if rows.has_cached() {
-            return self.bags_by(simd, Sum { rows, adding: PhantomData::<OneByOne> }, end);
+            return self.bags_by(simd, Sum { rows, adding: PhantomData::<OneByOne> }, soon);
         }
         if self.bags.weights.is_some() {
-            return self.bags_by(simd, Sum { rows, adding: PhantomData::<All<AT_ONCE, true>> }, end);
+            return self.bags_by(simd, Sum { rows, adding: PhantomData::<All<AT_ONCE, true>> }, soon);
         }
-        // Where a row's length is a constant, nothing about it is asked for every bag.
-        let one_id = self.bags.have_one_id(self.first + self.units.start..self.first + self.units.end);
-        macro_rules! rows_of {
-            ($rows:expr) => {
-                if one_id {
-                    self.single(simd, &$rows, end)
-                } else {
-                    self.bags_by(simd, Sum { rows: $rows, adding: PhantomData::<All<AT_ONCE, false>> }, end)
-                }
-            };
-        }
+        // Where a row's length is a constant, nothing about it is asked for every bag. Code for the plainest level is only
+        // to be short.
         match rows.dim() {
-            16 => rows_of!(rows.of_vectors(1)),
-            32 => rows_of!(rows.of_vectors(2)),
-            64 => rows_of!(rows.of_vectors(4)),
-            128 => rows_of!(rows.of_vectors(8)),
-            _ => rows_of!(rows),
+            16 if S::BLOCK > 1 => self.unweighted::<S, AT_ONCE>(simd, rows.of_vectors(1), soon),
+            32 if S::BLOCK > 1 => self.unweighted::<S, AT_ONCE>(simd, rows.of_vectors(2), soon),
+            64 if S::BLOCK > 1 => self.unweighted::<S, AT_ONCE>(simd, rows.of_vectors(4), soon),
+            128 if S::BLOCK > 1 => self.unweighted::<S, AT_ONCE>(simd, rows.of_vectors(8), soon),
+            _ => self.unweighted::<S, AT_ONCE>(simd, rows, soon),
+        }
+    }
+
+    #[inline(always)]
+    fn unweighted<S: Simd, const AT_ONCE: usize>(&self, simd: S, rows: impl Rows, soon: &[I]) {
+        let bags = self.first + self.units.start..self.first + self.units.end;
+        match self.out {
+            Outputs::Fp32(out) if self.bags.have_one_id(bags) => self.single(simd, &rows, soon, out),
+            _ => self.bags_by(simd, Sum { rows, adding: PhantomData::<All<AT_ONCE, false>> }, soon),
         }
     }
 
     /// Pools every bag.
     #[inline(always)]
-    fn bags_by<S: Simd, M: Mode>(&self, simd: S, mode: M, end: usize) {
+    fn bags_by<S: Simd, M: Mode>(&self, simd: S, mode: M, soon: &[I]) {
         let mut starts = [0; GROUP + 1];
         let mut row = self.scratch();
         let mut unit = self.units.start;
@@ -150,12 +147,9 @@ impl<R: Rows> Pool<'_, R> {
             let group = unit..self.units.end.min(unit + GROUP);
             let starts = &mut starts[..=group.len()];
             self.bags.starts(self.first + unit, starts);
-            if unit == self.units.start {
-                self.start(simd, starts[0], end);
-            }
             for (bounds, unit) in starts.windows(2).zip(group.clone()) {
                 let into = self.place(unit, &mut row);
-                mode.pool(simd, self, unit, bounds[0]..bounds[1], end, into);
+                mode.pool(simd, self, unit, bounds[0]..bounds[1], soon, into);
                 self.round(simd, &row, unit);
             }
             unit = group.end;
@@ -164,37 +158,37 @@ impl<R: Rows> Pool<'_, R> {
 
     /// Sum or mean of bags of one id each, without weights: nothing is asked about where they are.
     #[inline(always)]
-    fn single<S: Simd>(&self, simd: S, rows: &impl Rows, end: usize) {
-        let mut row = self.scratch();
-        let first = self.positions().start;
-        self.start(simd, first, end);
-        for (position, unit) in (first..).zip(self.units.clone()) {
-            self.prefetch::<S, 1>(simd, rows, position + self.ahead, end);
-            let out = &mut self.place(unit, &mut row)[..rows.dim()];
-            BagSum { rows, out, empty: true }.add::<S, R, 1, false>(simd, self, position);
-            self.round(simd, &row, unit);
+    fn single<S: Simd>(&self, simd: S, rows: &impl Rows, soon: &[I], out: &Disjoint<f32>) {
+        let ids = &self.ids[self.positions.clone()];
+        let soon = soon.get(self.positions.start..).unwrap_or_default();
+        for (i, (unit, id)) in self.units.clone().zip(ids).enumerate() {
+            if let Some(next) = soon.get(i + self.ahead) {
+                prefetch(simd, rows, [next.row()]);
+            }
+            let out = &mut self.output(out, unit)[..rows.dim()];
+            BagSum { rows, out, empty: true }.add(simd, [id.row()], [None]);
         }
     }
 
     /// Copies the row of every id.
     #[inline(always)]
-    fn each<S: Simd>(&self, simd: S, end: usize) {
+    fn each<S: Simd>(&self, simd: S, soon: &[I]) {
         let mut row = self.scratch();
-        self.start(simd, self.first + self.units.start, end);
         for unit in self.units.clone() {
             let position = self.first + unit;
-            self.prefetch::<S, 1>(simd, &self.rows, position + self.ahead, end);
+            self.prefetch::<S, 1>(simd, &self.rows, position, soon);
             let into = self.place(unit, &mut row);
-            let [id] = self.ids.rows(position);
-            self.rows.copy(simd, id as usize, into);
+            self.rows.copy(simd, self.ids[position].row() as usize, into);
             self.round(simd, &row, unit);
         }
     }
 
-    /// The weight of the id at `position`: 1, a product with which changes nothing, where there are none.
+    /// The weights of the ids from `position` on, if they are `WEIGHTED`: 1, a product with which changes nothing, where
+    /// there are none.
     #[inline(always)]
-    fn weight(&self, position: usize) -> f32 {
-        self.bags.weights.map_or(1.0, |weights| weights[position])
+    fn weights<const COUNT: usize, const WEIGHTED: bool>(&self, position: usize) -> [Option<f32>; COUNT] {
+        let weight = |i: usize| self.bags.weights.map_or(1.0, |weights| weights[position + i]);
+        std::array::from_fn(|i| WEIGHTED.then(|| weight(i)))
     }
 
     /// Where the row of a unit goes: into the output, or into `row` where it is yet to be rounded.
@@ -232,30 +226,19 @@ impl<R: Rows> Pool<'_, R> {
         unsafe { out.piece(at..at + self.rows.dim()) }
     }
 
-    /// Starts to bring the first rows near.
+    /// Starts to bring near the rows that come after those of the `COUNT` ids at `position`, as far ahead as is wanted;
+    /// none where there are fewer of them.
     #[inline(always)]
-    fn start<S: Simd>(&self, simd: S, from: usize, end: usize) {
-        for position in from..end.min(from + self.ahead) {
-            prefetch::<S, _, 1>(simd, &self.rows, self.ids.rows(position));
-        }
-    }
-
-    /// Starts to bring near the rows of `COUNT` ids from `position` on, as far as these are before `end`.
-    #[inline(always)]
-    fn prefetch<S: Simd, const COUNT: usize>(&self, simd: S, rows: &impl Rows, position: usize, end: usize) {
-        if position + COUNT <= end {
-            prefetch::<S, _, COUNT>(simd, rows, self.ids.rows(position));
-        } else {
-            for position in position..end {
-                prefetch::<S, _, 1>(simd, rows, self.ids.rows(position));
-            }
+    fn prefetch<S: Simd, const COUNT: usize>(&self, simd: S, rows: &impl Rows, position: usize, soon: &[I]) {
+        if let Some(ids) = soon.get(position + self.ahead..).and_then(<[I]>::first_chunk::<COUNT>) {
+            prefetch(simd, rows, ids.map(Id::row));
         }
     }
 }
 
 /// Starts to bring some rows near; they may be any numbers.
 #[inline(always)]
-fn prefetch<S: Simd, R: Rows, const COUNT: usize>(simd: S, rows: &R, some: [u64; COUNT]) {
+fn prefetch<S: Simd, const COUNT: usize>(simd: S, rows: &impl Rows, some: [u64; COUNT]) {
     const LINE: usize = 64;
     let bytes = some.map(|row| rows.bytes(row).0);
     let (_, row_bytes) = rows.bytes(0);
@@ -286,13 +269,13 @@ struct Max;
 
 impl Mode for Max {
     #[inline(always)]
-    fn pool<S: Simd, R: Rows>(
+    fn pool<S: Simd, R: Rows, I: Id>(
         &self,
         simd: S,
-        of: &Pool<R>,
+        of: &Pool<R, I>,
         unit: usize,
         bag: Range<usize>,
-        end: usize,
+        soon: &[I],
         out: &mut [f32],
     ) {
         let mut at = 0;
@@ -301,9 +284,9 @@ impl Mode for Max {
             let mut places = simd.splat(f32::from_bits(u32::MAX)); // -1
             let mut empty = true;
             for position in bag.clone() {
-                let [id] = of.ids.rows(position);
+                let id = of.ids[position].row();
                 if at == 0 {
-                    of.prefetch::<S, 1>(simd, &of.rows, position + of.ahead, end);
+                    of.prefetch::<S, 1>(simd, &of.rows, position, soon);
                 }
                 if id == of.padding {
                     continue;
@@ -336,12 +319,12 @@ struct Sum<R, A> {
 
 /// How the rows of a bag are added.
 trait Adding: Copy {
-    /// Adds the rows of a bag to `sum`; `end` is where the ids end that are prefetched.
-    fn add<S: Simd, R: Rows, P: Rows>(
+    /// Adds the rows of a bag to `sum`; `soon` has the ids that are prefetched.
+    fn add<S: Simd, R: Rows, P: Rows, I: Id>(
         simd: S,
-        of: &Pool<P>,
+        of: &Pool<P, I>,
         bag: Range<usize>,
-        end: usize,
+        soon: &[I],
         sum: &mut BagSum<R>,
     );
 }
@@ -356,41 +339,42 @@ struct OneByOne;
 
 impl<Q: Rows, A: Adding> Mode for Sum<Q, A> {
     #[inline(always)]
-    fn pool<S: Simd, R: Rows>(
+    fn pool<S: Simd, R: Rows, I: Id>(
         &self,
         simd: S,
-        of: &Pool<R>,
+        of: &Pool<R, I>,
         _unit: usize,
         bag: Range<usize>,
-        end: usize,
+        soon: &[I],
         out: &mut [f32],
     ) {
         let mut sum = BagSum { rows: &self.rows, out: &mut out[..self.rows.dim()], empty: true };
         // Not `then_some`, for which every sum would turn its length into a float.
         let divisor = if of.pooling == Pooling::Mean { Some(bag.len().max(1) as f32) } else { None };
-        A::add(simd, of, bag, end, &mut sum);
+        A::add(simd, of, bag, soon, &mut sum);
         sum.finish(simd, divisor);
     }
 }
 
 impl<const AT_ONCE: usize, const WEIGHTED: bool> Adding for All<AT_ONCE, WEIGHTED> {
     #[inline(always)]
-    fn add<S: Simd, R: Rows, P: Rows>(
+    fn add<S: Simd, R: Rows, P: Rows, I: Id>(
         simd: S,
-        of: &Pool<P>,
+        of: &Pool<P, I>,
         bag: Range<usize>,
-        end: usize,
+        soon: &[I],
         sum: &mut BagSum<R>,
     ) {
+        let (chunks, rest) = of.ids[bag.clone()].as_chunks::<AT_ONCE>();
         let mut position = bag.start;
-        while position + AT_ONCE <= bag.end {
-            of.prefetch::<S, AT_ONCE>(simd, sum.rows, position + of.ahead, end);
-            sum.add::<S, P, AT_ONCE, WEIGHTED>(simd, of, position);
+        for ids in chunks {
+            of.prefetch::<S, AT_ONCE>(simd, sum.rows, position, soon);
+            sum.add(simd, ids.map(Id::row), of.weights::<AT_ONCE, WEIGHTED>(position));
             position += AT_ONCE;
         }
-        while position < bag.end {
-            of.prefetch::<S, 1>(simd, sum.rows, position + of.ahead, end);
-            sum.add::<S, P, 1, WEIGHTED>(simd, of, position);
+        for id in rest {
+            of.prefetch::<S, 1>(simd, sum.rows, position, soon);
+            sum.add(simd, [id.row()], of.weights::<1, WEIGHTED>(position));
             position += 1;
         }
     }
@@ -398,19 +382,19 @@ impl<const AT_ONCE: usize, const WEIGHTED: bool> Adding for All<AT_ONCE, WEIGHTE
 
 impl Adding for OneByOne {
     #[inline(always)]
-    fn add<S: Simd, R: Rows, P: Rows>(
+    fn add<S: Simd, R: Rows, P: Rows, I: Id>(
         simd: S,
-        of: &Pool<P>,
+        of: &Pool<P, I>,
         bag: Range<usize>,
-        end: usize,
+        soon: &[I],
         sum: &mut BagSum<R>,
     ) {
         for position in bag {
-            of.prefetch::<S, 1>(simd, sum.rows, position + of.ahead, end);
-            let [id] = of.ids.rows(position);
-            match sum.rows.cached(simd, id as usize, Some(of.weight(position))) {
+            of.prefetch::<S, 1>(simd, sum.rows, position, soon);
+            let (id, weight) = (of.ids[position].row(), of.weights::<1, true>(position));
+            match sum.rows.cached(simd, id as usize, weight[0]) {
                 Some(row) => sum.add_rows(simd, &Addends { rows: [row], bias: row.bias(simd) }),
-                None => sum.add::<S, P, 1, true>(simd, of, position),
+                None => sum.add(simd, [id], weight),
             }
         }
     }
@@ -425,21 +409,18 @@ struct BagSum<'a, R> {
 }
 
 impl<R: Rows> BagSum<'_, R> {
-    /// Adds the rows of the ids from `position` on, times their weights if they are `WEIGHTED`.
+    /// Adds some rows, times their weights if they have such.
     #[inline(always)]
-    fn add<S: Simd, P: Rows, const COUNT: usize, const WEIGHTED: bool>(
+    fn add<S: Simd, const COUNT: usize>(
         &mut self,
         simd: S,
-        of: &Pool<P>,
-        position: usize,
+        some: [u64; COUNT],
+        weights: [Option<f32>; COUNT],
     ) {
-        let ids: [u64; COUNT] = of.ids.rows(position);
-        let weight = |i: usize| WEIGHTED.then(|| of.weight(position + i));
-        let mut rows = [self.rows.open(simd, ids[0] as usize, weight(0)); COUNT];
+        let rows = self.rows.open_all(simd, some.map(|row| row as usize), weights);
         let mut bias = rows[0].bias(simd);
-        for i in 1..COUNT {
-            rows[i] = self.rows.open(simd, ids[i] as usize, weight(i));
-            bias = simd.add(bias, rows[i].bias(simd));
+        for row in &rows[1..] {
+            bias = simd.add(bias, row.bias(simd));
         }
         self.add_rows(simd, &Addends { rows, bias });
     }

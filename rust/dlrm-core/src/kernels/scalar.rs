@@ -98,6 +98,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn load_int4(self, from: &[u8; LANES / 2]) -> Lanes {
+        lanes(|i| f32::from(from[i / 2] >> (i % 2 * 4) & 15))
+    }
+
+    #[inline(always)]
     fn look_up(self, codes: &[u8; LANES / 2], of: Lanes) -> Lanes {
         lanes(|i| of[usize::from(codes[i / 2] >> (i % 2 * 4) & 15)])
     }

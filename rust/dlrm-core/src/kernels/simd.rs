@@ -39,6 +39,11 @@ pub(crate) trait Simd: Copy {
             self.splat(f32::from_bits(u32::from(pair[1]) << 16)),
         ]
     }
+    /// Two of half precision, likewise.
+    #[inline(always)]
+    fn splat_fp16(self, &[first, second]: &[u16; 2]) -> [Self::V; 2] {
+        [self.load_fp16(&[first; LANES]), self.load_fp16(&[second; LANES])]
+    }
     fn load(self, from: &Lanes) -> Self::V;
     fn store(self, to: &mut Lanes, v: Self::V);
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
@@ -68,6 +73,8 @@ pub(crate) trait Simd: Copy {
     }
     /// Codes of 8 bits, as numbers.
     fn load_int8(self, from: &[u8; LANES]) -> Self::V;
+    /// Codes of 4 bits, the low ones of a byte first, as numbers.
+    fn load_int4(self, from: &[u8; LANES / 2]) -> Self::V;
     /// The lanes of `of` that 16 codes of 4 bits, the low ones of a byte first, are the numbers of.
     fn look_up(self, codes: &[u8; LANES / 2], of: Self::V) -> Self::V;
     /// What [`Simd::look_up_pair`] is to choose from: the lanes of `of`.
