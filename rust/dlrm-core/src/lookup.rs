@@ -227,22 +227,23 @@ impl<'a> Lookup<'a> {
             let own = OwnBags::without(padding, &starts, ids, bags.weights);
             let bags = &own.bags().expect("offsets that ascend");
             let place = Place { bags, first: 0, slot: slot.from(units.start), ..place };
-            level.run(self.pool(rows, place, &own.ids, 0..own.ids.len(), 0..units.len()));
+            level.run(self.pool(rows, place, padding, &own.ids, 0..own.ids.len(), 0..units.len()));
         } else {
-            level.run(self.pool(rows, place, ids, positions, units));
+            level.run(self.pool(rows, place, padding, ids, positions, units));
         }
     }
 
-    /// `positions` is where the ids of `units` are.
+    /// The kernel for some units, whose ids are at `positions`.
     fn pool<'b, R: Rows, I: Id>(
         &'b self,
         rows: R,
         place: Place<'b>,
+        padding: u64,
         ids: &'b [I],
         positions: Range<usize>,
         units: Range<usize>,
     ) -> Pool<'b, R, I> {
-        let Feature { table, pooling, padding } = self.set.features[place.feature];
+        let Feature { table, pooling, .. } = self.set.features[place.feature];
         Pool {
             ahead: ahead(place.row_lines),
             near: is_near(rows.bytes(0).1 * self.set.specs[table].rows),
@@ -251,7 +252,7 @@ impl<'a> Lookup<'a> {
             positions,
             bags: place.bags,
             pooling,
-            padding: padding.map_or(u64::MAX, |p| p as u64),
+            padding,
             first: place.first,
             units,
             slot: place.slot,

@@ -3,7 +3,10 @@
 mod common;
 
 use common::{Case, any_case, assert_close, bits, contexts, large_case};
-use dlrm_core::{Bags, Context, Error, Feature, Ids, Offsets, Output, Pooling};
+use dlrm_core::{
+    Bags, Context, Encoding, Error, Feature, Ids, Level, Method, Offsets, Output, Pooling, RowFormat,
+};
+use half::{bf16, f16};
 use proptest::prelude::*;
 
 /// Output and argmax.
@@ -61,20 +64,55 @@ proptest! {
 #[test]
 fn a_large_lookup_has_the_same_bits_everywhere() {
     for pooling in Pooling::ALL {
-        check_all_contexts(&large_case(pooling));
+        for wide_ids in [false, true] {
+            check_all_contexts(&Case { wide_ids, ..large_case(pooling) });
+        }
     }
+}
+
+/// A case whose bags have one id each.
+fn one_id_case(pooling: Pooling) -> Case {
+    let case = large_case(pooling);
+    let one_id = |(b, bag): (usize, &Vec<i64>)| vec![bag.first().copied().unwrap_or(b as i64 % 3)];
+    let bags = case.bags.iter().enumerate().map(one_id).collect();
+    let features = case.features.iter().map(|&feature| Feature { padding: None, ..feature }).collect();
+    Case { features, bags, ..case }
 }
 
 #[test]
 fn bags_of_one_id_are_right_and_have_the_same_bits_everywhere() {
     for pooling in [Pooling::Sum, Pooling::Mean] {
         for (last_offset, weighted) in [(false, false), (true, false), (true, true)] {
-            let case = large_case(pooling);
-            let one_id = |(b, bag): (usize, &Vec<i64>)| vec![bag.first().copied().unwrap_or(b as i64 % 3)];
-            let bags = case.bags.iter().enumerate().map(one_id).collect();
-            let features =
-                case.features.iter().map(|&feature| Feature { padding: None, ..feature }).collect();
-            check_all_contexts(&Case { features, bags, weighted, last_offset, ..case });
+            let wide_ids = last_offset;
+            check_all_contexts(&Case { weighted, last_offset, wide_ids, ..one_id_case(pooling) });
+        }
+    }
+}
+
+#[test]
+fn bags_of_one_id_are_its_row_in_every_format_and_precision() {
+    let case = Case { weighted: false, ..one_id_case(Pooling::Sum) };
+    let arrays = case.arrays();
+    let bags = case.call(&arrays);
+    let encoding = |format| Encoding { format, method: Method::MinMax, scales: None, zero_not_finite: false };
+    for (format, level) in RowFormat::ALL.into_iter().flat_map(|f| Level::available().map(move |l| (f, l))) {
+        let ctx = Context { level, ..Context::default() };
+        let set = case.set(&ctx);
+        let mut of_format = |format| {
+            for t in 0..case.tables.len() {
+                set.swap_rows(t, set.encode(t, encoding(format), &ctx).unwrap().rows).unwrap();
+            }
+            let mut out = vec![f32::NAN; set.output_len(&bags)];
+            set.lookup(&bags, Output::Fp32(&mut out), None, &ctx).unwrap();
+            out
+        };
+        let (coded, decoded) = (of_format(format), of_format(RowFormat::Fp32));
+        assert!(coded == decoded, "{format} {level:?}");
+        let (mut fp16, mut half) = (vec![f16::NAN; coded.len()], vec![bf16::NAN; coded.len()]);
+        set.lookup(&bags, Output::Fp16(&mut fp16), None, &ctx).unwrap();
+        set.lookup(&bags, Output::Bf16(&mut half), None, &ctx).unwrap();
+        for (i, &x) in coded.iter().enumerate() {
+            assert_eq!((fp16[i], half[i]), (f16::from_f32(x), bf16::from_f32(x)), "{format} {level:?}");
         }
     }
 }

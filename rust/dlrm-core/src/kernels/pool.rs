@@ -128,6 +128,7 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
         }
     }
 
+    /// The same of `rows`, none of them cached, without weights.
     #[inline(always)]
     fn unweighted<S: Simd, const AT_ONCE: usize>(&self, simd: S, rows: impl Rows, soon: &[I]) {
         let bags = self.first + self.units.start..self.first + self.units.end;
@@ -159,7 +160,7 @@ impl<R: Rows, I: Id> Pool<'_, R, I> {
     /// Sum or mean of bags of one id each, without weights: nothing is asked about where they are.
     #[inline(always)]
     fn single<S: Simd>(&self, simd: S, rows: &impl Rows, soon: &[I], out: &Disjoint<f32>) {
-        let ids = &self.ids[self.positions.clone()];
+        let ids = &self.ids[self.positions.clone()][..self.units.len()];
         let soon = soon.get(self.positions.start..).unwrap_or_default();
         for (i, (unit, id)) in self.units.clone().zip(ids).enumerate() {
             if let Some(next) = soon.get(i + self.ahead) {

@@ -25,6 +25,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn splat_fp16(self, pair: &[u16; 2]) -> [Lanes; 2] {
+        pair.map(|x| [f16::from_bits(x).to_f32(); LANES])
+    }
+
+    #[inline(always)]
     fn load(self, from: &Lanes) -> Lanes {
         *from
     }
