@@ -89,7 +89,7 @@ def test_weights_and_offsets_that_cannot_be_are_refused() -> None:
         weighted(batch("abd"))
     with pytest.raises(ValueError, match=r"lack \['d'\]"):
         placed(batch("ab"))
-    for lengths in ([1, 3], [2, -1], [-1, 2]):
+    for lengths in ([1, 3], [1, 1], [2, -1], [-1, 2]):
         features = KeyedJaggedTensor(["b", "d"], torch.tensor([1, 2, 3]), lengths=torch.tensor(lengths))
         with pytest.raises(ValueError, match=r"features.offsets\(\): expected to begin at 0, never to fall"):
             PlacedEmbeddingBags(SUMS[1:], ["t2"], "cpu")(features)

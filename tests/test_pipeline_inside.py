@@ -2,6 +2,7 @@
 
 import copy
 import queue
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,73 @@ def test_copies_made_inside_of_the_loop_are_of_whole_steps(tmp_path: Path, way: 
     assert trained(copied, dense_adam(copied), log) == trained(model, dense_adam(model), log)
 
 
+class Plus(nn.Module):
+    """Numbers added to the rows, element by element, whose gradient is that of the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        tables = [EmbeddingBagConfig("t", 50, 4, ["a", "b"])]
+        self.embeddings = EmbeddingBagCollection(tables, is_weighted=True, optimizer=SGD(lr=0.5))
+        self.plus = nn.Parameter(torch.zeros(16, 8))
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        rows: Tensor = self.embeddings(features).values() + self.plus
+        return rows
+
+
+def test_the_update_is_by_the_gradient_as_it_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is also that of a Parameter, which is clipped in place before the tables are updated."""
+
+    def train(model: Plus, batches: Iterable[KeyedJaggedTensor]) -> list[float]:
+        losses = []
+        for batch in batches:
+            model.plus.grad = None
+            loss = (model(batch) - 1).square().sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([model.plus], 1e-3)
+            losses.append(loss.item())
+        return losses
+
+    def late(visit: Visit, *part: Any) -> None:
+        time.sleep(0.01)
+        update(visit, *part)
+
+    update = Visit.update
+    monkeypatch.setattr(Visit, "update", late)
+    batches, plain, model = weighted_batches(8), Plus(), Plus()
+    assert train(model, Pipeline(model, None, batches).batches()) == train(plain, batches)
+
+
+def test_who_looks_a_batch_up_twice_has_the_rows_twice() -> None:
+    def twice(batch: KeyedJaggedTensor, embeddings: EmbeddingBagCollection) -> list[float]:
+        first, second = embeddings(batch).values(), embeddings(batch).values()
+        first.mul_(2)
+        return [first.sum().item(), second.sum().item()]
+
+    batches = weighted_batches(4)
+    model = Plus()
+    model.embeddings.requires_grad_(False)
+    expected = [twice(batch, model.embeddings) for batch in batches]
+    assert [twice(batch, model.embeddings) for batch in Pipeline(model, None, batches).batches()] == expected
+
+
+def test_rows_that_were_looked_at_before_are_not_those_that_are_trained() -> None:
+    def train(model: Plus, batches: Iterable[KeyedJaggedTensor]) -> list[float]:
+        losses = []
+        for batch in batches:
+            with torch.no_grad():
+                looked_at = model.embeddings(batch).values()
+            loss = model.embeddings(batch).values().square().sum()
+            looked_at.zero_()
+            loss.backward()
+            losses.append(loss.item())
+        return losses
+
+    batches, plain, model = weighted_batches(6), Plus(), Plus()
+    assert train(model, Pipeline(model, None, batches).batches()) == train(plain, batches)
+
+
 Train = Callable[[DLRM, Iterable[Batch], Callable[[], None]], list[float]]
 
 
@@ -249,7 +317,6 @@ def replace(model: DLRM, number: int) -> None:
 def fill(model: DLRM, number: int) -> None:
     if number == 3:
         torch.manual_seed(number)
-        model.embeddings.get_submodule("embedding_bags")
         assert isinstance(model.embeddings, EmbeddingBagCollection)
         model.embeddings.reset_parameters()
 

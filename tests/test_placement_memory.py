@@ -45,11 +45,12 @@ class Peak(TorchDispatchMode):
     ("spec", "optimizer"),
     [
         (SGD(lr=0.1), lambda weights: torch.optim.SGD(weights, 0.1, foreach=True)),
+        (SGD(lr=0.1, weight_decay=0.1), lambda weights: torch.optim.SGD(weights, 0.1, weight_decay=0.1, foreach=True)),
         (SGD(lr=0.1, momentum=0.9), lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9, foreach=True)),
         (Adagrad(lr=0.1), lambda weights: torch.optim.Adagrad(weights, 0.1, foreach=True)),
         (Adam(lr=0.1), lambda weights: torch.optim.Adam(weights, 0.1, foreach=True)),
     ],
-    ids=["sgd", "momentum", "adagrad", "adam"],
+    ids=["sgd", "decay", "momentum", "adagrad", "adam"],
 )
 def test_memory_on_the_gpu_is_what_training_takes(
     spec: OptimizerSpec, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer], dtype: str

@@ -149,10 +149,11 @@ class Visit:
         self._out: Tensor | None = None
         self._argmax: Tensor | None = None
         self._sent: Sent | None = None
-        # That of the rows on the device, as nobody has worked on them in place.
-        self._version: int | None = None
+        self._is_given = False  # whether somebody has the rows, and may work on them in place
         self.is_lost = self.is_taken = False
         self._gradient: Fetched | None = None
+        # As backward made it. While it is kept, autograd gives its memory to no Parameter's `grad`, which users change.
+        self._left: Tensor | None = None
         self._factor = 1.0
         self._groups: list[dict[str, Any]] = []
         self._trainable: list[bool] = []
@@ -222,7 +223,7 @@ class Visit:
     def send(self) -> None:
         """Start the copy of the pooled rows to the device."""
         assert self._out is not None
-        self._sent, self._version = self._tables.output_device.send(self._out), None
+        self._sent, self._is_given = self._tables.output_device.send(self._out), False
         self._out = None  # whoever has the rows now keeps them
 
     def renew(self) -> None:
@@ -263,6 +264,8 @@ class Visit:
             self.drop()
             raise
         self._updated.add(part)
+        if self._is_updated:
+            self._left = None
         trained = zip(self._weights, self._trainable, strict=True)
         self.lane.watch.count([weight for weight, is_trained in trained if is_trained])
 
@@ -272,7 +275,7 @@ class Visit:
     def drop(self) -> None:
         """Give up the update by a gradient that has been left, if it has not begun."""
         if self._gradient is not None and not self._updated:
-            self._gradient = None
+            self._gradient = self._left = None
             self.is_lost = True
             if self._tables.optimizer is not None:
                 self._tables.optimizer.take_back_step()
@@ -286,21 +289,14 @@ class Visit:
     def take(self) -> Tensor:
         """The pooled rows, `(B, W)`, on the device."""
         self.lane.run.await_rows()
-        rows = self._rows()
-        if self._seen != self.lane.watch.state() or rows._version != self._version:
+        if self._is_given or self._seen != self.lane.watch.state():
             self.lane.run.renew(self)
-            rows = self._rows()
+        assert self._sent is not None
+        rows, self._is_given = self._sent.tensor(), True
         if not torch.is_grad_enabled() or not self.is_trained:
             return rows
         self.is_taken = True
         return pooled(rows, self)
-
-    def _rows(self) -> Tensor:
-        assert self._sent is not None
-        rows = self._sent.tensor()
-        if self._version is None:
-            self._version = rows._version
-        return rows
 
     @property
     def is_trained(self) -> bool:
@@ -333,7 +329,8 @@ class Visit:
                 "backward: expected one of every batch, before the next one is asked for: the rows have moved since"
             )
         optimizer = self._tables.optimizer
+        fetched = self._tables.output_device.fetch(grad.contiguous(), torch.float32, self._sent)
         # The learning rate of now: a scheduler may change it before the update runs.
         self._groups = [] if optimizer is None else optimizer.begin_step()
-        self._gradient = self._tables.output_device.fetch(grad.contiguous(), torch.float32, self._sent)
+        self._left, self._gradient = grad, fetched
         self.lane.run.notify()

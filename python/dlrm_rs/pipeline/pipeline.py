@@ -52,7 +52,7 @@ class Pipeline:
     stale updates are waited for, a next batch that has not been looked up yet sees them.
 
     When the loop ends, however it does, all is done; batches that have been loaded ahead are lost then, and the one
-    that is being loaded is waited for, two seconds at most.
+    that is being loaded is waited for, two seconds at most (not after Ctrl-C).
 
     Args:
         model: The model.
@@ -175,7 +175,7 @@ class Pipeline:
             prefetch=self._prefetch,
             check_finite=self._check_finite,
         )
-        patience, is_left, interrupt, split = 0.0, False, False, None
+        patience, is_left, interrupt, split = PATIENCE, False, False, None
         try:
             self._run = run
             split = SplitBackward(linear_layers(self._model) if self._is_split else [])
@@ -183,9 +183,12 @@ class Pipeline:
             while (step := run.next()) is not None:
                 split.begin()
                 yield do(step.batch)
-            patience = PATIENCE
         except GeneratorExit:
-            patience, is_left = PATIENCE, True  # whoever leaves the loop may go on with its loader
+            is_left = True
+            raise
+        except KeyboardInterrupt:
+            patience = 0.0
+            run.unlock()
             raise
         finally:
             try:
@@ -195,6 +198,7 @@ class Pipeline:
                         break
                     except KeyboardInterrupt:  # the tables are in use until it has ended
                         patience, interrupt = 0.0, True
+                        run.unlock()
             finally:
                 self._run = None
                 if split is not None:
@@ -233,6 +237,8 @@ def _interrupt_soon() -> None:
     """Interrupt the main thread when a generator has been dropped: what is raised while it is Python only prints."""
     main = threading.main_thread().ident
     assert main is not None
+    if not callable(signal.getsignal(signal.SIGINT)):
+        return  # it would end the process
     threading.Timer(0.01, signal.pthread_kill, [main, signal.SIGINT]).start()
 
 

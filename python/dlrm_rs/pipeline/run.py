@@ -230,6 +230,12 @@ class Run:
         if self._failure is not None and is_lost and not self._has_raised:
             self._raise()
 
+    def unlock(self) -> None:
+        """Give the lock up if this thread has it by a Ctrl-C, which came after it was taken and before `with`."""
+        with suppress(RuntimeError):  # which says that the thread has it not
+            while True:
+                self._changed.release()
+
     def _let_go(self) -> None:
         """Leave the collections as they were, and keep nothing of the user's."""
         for lane in self._lanes:

@@ -125,9 +125,9 @@ def _checked_bags(table: EmbeddingBagConfig, features: KeyedJaggedTensor) -> _Ba
     ids, offsets = index_tensor("features.values()", own.values()), index_tensor("features.offsets()", own.offsets())
     weights = own.weights_or_none()
     weights = None if weights is None else float_tensor("features.weights()", weights, ids.shape)
-    if offsets[0] != 0 or offsets[-1] > len(ids) or (offsets.diff() < 0).any():
+    if offsets[0] != 0 or offsets[-1] != len(ids) or (offsets.diff() < 0).any():
         raise ValueError(
-            f"features.offsets(): expected to begin at 0, never to fall, and to end within the {len(ids)} ids of the "
+            f"features.offsets(): expected to begin at 0, never to fall, and to end after the {len(ids)} ids of the "
             f"features {names}, got a first of {int(offsets[0])}, a last of {int(offsets[-1])}, a smallest step of "
             f"{int(offsets.diff().min())}"
         )

@@ -23,6 +23,7 @@ there by default ("foreach"): the rows, the gradient, the state, and what they w
 no optimizer            1   the rows
 SGD                     2   and the gradient
 SGD with momentum       3   and the momentum
+  with weight decay    +1   and the gradient with what the rows decay by
 Adagrad, Adam, others   5   Adagrad: a sum, its root and the step; Adam: two means and a root
 ```
 
@@ -39,7 +40,7 @@ import torch
 
 from dlrm_rs.arguments import check_size
 from dlrm_rs.collection import EmbeddingBagCollection
-from dlrm_rs.optim import LARSSGD, SGD, OptimizerSpec
+from dlrm_rs.optim import SGD, OptimizerSpec
 from dlrm_rs.placement.device_bags import why_not_on_device
 from dlrm_rs.row_formats import row_format
 from dlrm_rs.table_configs import EmbeddingBagConfig
@@ -163,6 +164,6 @@ def _row_and_state(config: EmbeddingBagConfig, optimizer: OptimizerSpec | None) 
 def _copies(optimizer: OptimizerSpec | None) -> int:
     if optimizer is None:
         return 1
-    if isinstance(optimizer, SGD | LARSSGD):
-        return 3 if optimizer.momentum else 2
+    if isinstance(optimizer, SGD):
+        return 2 + bool(optimizer.momentum) + bool(optimizer.weight_decay)
     return 5
