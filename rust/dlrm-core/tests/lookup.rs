@@ -84,7 +84,7 @@ fn bags_of_one_id_are_right_and_have_the_same_bits_everywhere() {
     for pooling in [Pooling::Sum, Pooling::Mean] {
         for (last_offset, weighted) in [(false, false), (true, false), (true, true)] {
             let wide_ids = last_offset;
-            check_all_contexts(&Case { weighted, last_offset, wide_ids, ..one_id_case(pooling) });
+            check_all_contexts(&Case { weighted, wide_ids, last_offset, ..one_id_case(pooling) });
         }
     }
 }
@@ -98,7 +98,7 @@ fn bags_of_one_id_are_its_row_in_every_format_and_precision() {
     for (format, level) in RowFormat::ALL.into_iter().flat_map(|f| Level::available().map(move |l| (f, l))) {
         let ctx = Context { level, ..Context::default() };
         let set = case.set(&ctx);
-        let mut of_format = |format| {
+        let of_format = |format| {
             for t in 0..case.tables.len() {
                 set.swap_rows(t, set.encode(t, encoding(format), &ctx).unwrap().rows).unwrap();
             }

@@ -19,9 +19,8 @@
 //!         out[c] = code[c] * (scale * w) + out[c]         (rounded once)
 //! ```
 //! All are taken one by one in a table that has cached rows, which are added as fp32 rows are; so are the elements of int4
-//! rows whose codes mean the numbers of a codebook. Products with the weight and sums
-//! of biases come first: a weight that is infinite makes NaN of a code that is zero, and biases near the largest number may
-//! overflow where the elements would not.
+//! rows whose codes mean the numbers of a codebook. Products with the weight and sums of biases come first: a weight that is
+//! infinite makes NaN of a code that is zero, and biases near the largest number may overflow where the elements would not.
 
 use std::marker::PhantomData;
 use std::ops::Range;
