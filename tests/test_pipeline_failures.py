@@ -234,6 +234,39 @@ def test_ctrl_c_while_the_loop_begins_leaves_the_model_free(
     assert pipelined(model, log) == plain_losses(plain, log)
 
 
+def test_ctrl_c_when_a_lock_has_just_been_taken_leaves_no_thread_that_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between the lock's taking and the body of `with`, nothing but the pipeline itself knows that it is taken."""
+    model, plain, log = click_model(), click_model(), click_log(6)
+    is_left = threading.Event()
+
+    def batches() -> Iterator[Batch]:
+        yield log[0]
+        is_left.wait(60)
+        yield log[1]
+
+    pipeline = Pipeline(model, dense_adam(model), batches())
+    losses = iter(pipeline)
+    assert [next(losses).item()] == plain_losses(plain, log[:1])
+    enter = threading.Condition.__enter__
+
+    def interrupted(self: threading.Condition) -> bool:
+        taken = enter(self)
+        if pipeline._run is not None and self is pipeline._run._changed and threading.current_thread() is main:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return taken
+
+    main = threading.main_thread()
+    monkeypatch.setattr(threading.Condition, "__enter__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(losses)
+    is_left.set()
+    assert threads() == []
+    assert_same_state(model, plain)
+
+
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("is_left", [False, True])
 def test_ctrl_c_while_the_loop_is_being_left_waits_for_the_last_update(

@@ -439,6 +439,8 @@ class Run:
         if step.has_gradient:
             return
         self._wait_for(lambda: step.is_complete, step)
+        if step.has_gradient:
+            return  # somebody wanted the update meanwhile
         self._fetch(step, step.visits)
         step.has_gradient = True
         spans = [span for visit in step.visits if (span := visit.span()) is not None]
@@ -470,6 +472,8 @@ class Run:
         if step is None or step.is_done:
             return
         self._await_gradient(step)
+        if step.is_done:
+            return
         with self._stage("update" if step.overlaps is None else "update apart", step):
             if step.overlaps is None:
                 for visit in step.visits:
