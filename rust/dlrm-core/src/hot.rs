@@ -74,7 +74,7 @@ impl Hot {
     ) -> Result<Self> {
         let mut rows = Vec::new();
         let mut end = 0;
-        if ctx.threads > 1 && !sources.starts.is_empty() {
+        if ctx.threads > 1 && !sources.grad.is_empty() {
             for (table, target) in targets.iter().enumerate().filter_map(|(t, one)| Some((t, one.as_ref()?)))
             {
                 let run = occurrences.of(table);

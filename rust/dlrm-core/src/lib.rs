@@ -54,6 +54,7 @@ mod row_filter;
 mod row_format;
 mod rows;
 mod scales;
+mod sides;
 mod sources;
 mod spare;
 mod table;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 
-use crate::bags::{Bags, Id, count, with_ids};
+use crate::bags::{Bags, Id, count, excess, with_ids};
 use crate::disjoint::Disjoint;
 use crate::kernels::LANES;
 use crate::kernels::pool::{Pool, ahead, is_near};
@@ -264,7 +264,7 @@ impl<'a> Lookup<'a> {
 
 /// The place of the first id that is not below `rows`.
 pub(crate) fn first_bad<I: Id>(ids: &[I], rows: usize) -> Option<usize> {
-    // No early exit: this way the compiler compares many at a time.
-    let any = ids.iter().fold(false, |any, id| any | (id.row() >= rows as u64));
-    any.then(|| ids.iter().position(|id| id.row() >= rows as u64)).flatten()
+    // No early exit: this way the compiler looks at many at a time.
+    let any = ids.iter().fold(0, |any, id| any | excess(id.row(), rows));
+    (any < 0).then(|| ids.iter().position(|id| id.row() >= rows as u64)).flatten()
 }

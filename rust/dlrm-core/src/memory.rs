@@ -160,11 +160,22 @@ fn available() -> u64 {
 
 /// `len` zeros on the heap for `what`.
 pub(crate) fn zeros<T: bytemuck::Zeroable>(len: usize, what: &str) -> Result<Vec<T>> {
-    bytemuck::try_zeroed_vec(len).map_err(|()| Error::Memory {
+    bytemuck::try_zeroed_vec(len).map_err(|()| none_left::<T>(len, what))
+}
+
+/// Nothing yet, but room for `len` on the heap, for `what`.
+pub(crate) fn room<T>(len: usize, what: &str) -> Result<Vec<T>> {
+    let mut made = Vec::new();
+    made.try_reserve_exact(len).map_err(|_| none_left::<T>(len, what))?;
+    Ok(made)
+}
+
+fn none_left<T>(len: usize, what: &str) -> Error {
+    Error::Memory {
         what: what.to_owned(),
         bytes: len as u128 * size_of::<T>() as u128,
         reason: "the allocator has none".to_owned(),
-    })
+    }
 }
 
 #[cfg(test)]

@@ -13,10 +13,7 @@
 //! update the first's rows APART    (at any time before a third call is looked up)
 //! ```
 
-use std::ops::Range;
-
 use crate::bags::{Bags, Id, with_ids};
-use crate::disjoint::Disjoint;
 use crate::lookup::{Lookup, Output, Place};
 use crate::occurrences::Occurrences;
 use crate::own_bags::OwnBags;
@@ -24,6 +21,7 @@ use crate::pieces::{self, Size};
 use crate::prepared::Prepared;
 use crate::row_filter::RowFilter;
 use crate::rows::with_rows;
+use crate::sides::sides;
 use crate::table_set::TableSet;
 use crate::{Context, Error, Result, named, threads};
 
@@ -87,6 +85,9 @@ enum FeatureBags {
 /// than what it costs to put the ids side by side.
 const PARTED_FROM: f64 = 0.25;
 
+/// What memory is for that parts bags.
+const WHAT: &str = "the overlap of two calls";
+
 /// Some bags of a feature.
 struct SomeBags {
     own: OwnBags,
@@ -118,23 +119,20 @@ impl TableSet {
         let wanted = second.filters(ctx)?;
         let cached: Vec<_> =
             self.tables.read(|tables| tables.iter().map(|one| one.rows.cache.is_some()).collect())?;
-        let occurrences =
-            first.occurrences.part(|t, row| cached[t] || wanted[t].may_have(row as u64), ctx)?;
-        let mut features: Vec<_> = self.features.iter().map(|_| FeatureBags::Whole(Part::Shared)).collect();
-        if parts_bags {
+        let by: Vec<_> =
+            wanted.iter().zip(&cached).map(|(filter, cached)| (!cached).then_some(filter)).collect();
+        let occurrences = first.occurrences.part(&by, ctx)?;
+        let features = if parts_bags {
             let updated = first.filters(ctx)?;
-            let features = Disjoint::new(&mut features);
-            threads::for_each(ctx, self.features.len(), bags.len(), |f| {
-                let table = self.features[f].table;
-                if cached[table] {
-                    return;
-                }
-                #[expect(unsafe_code, reason = "features are disjoint")]
-                // SAFETY: each feature comes once.
-                let into = unsafe { &mut features.piece(f..f + 1)[0] };
-                *into = with_ids!(bags.ids, |ids| FeatureBags::new(bags, f, ids, &updated[table]));
-            })?;
-        }
+            let parted =
+                threads::map(ctx, self.features.len(), bags.len(), |f| match self.features[f].table {
+                    table if cached[table] => Ok(FeatureBags::Whole(Part::Shared)),
+                    table => with_ids!(bags.ids, |ids| FeatureBags::new(bags, f, ids, &updated[table])),
+                })?;
+            parted.into_iter().collect::<Result<_>>()?
+        } else {
+            self.features.iter().map(|_| FeatureBags::Whole(Part::Shared)).collect()
+        };
         Ok(Overlap { occurrences, features, ids: second.ids, output_len: second.output_len })
     }
 
@@ -213,34 +211,36 @@ impl FeatureBags {
     }
 
     /// `updated` has the rows that the first call touches.
-    fn new<I: Id>(bags: &Bags, feature: usize, ids: &[I], updated: &RowFilter) -> Self {
-        let mut starts = vec![0; bags.batch + 1];
-        bags.starts(feature * bags.batch, &mut starts);
-        // All ids of a bag are asked, without an early end: answers come faster than branches can be foreseen.
-        let is_shared =
-            |bag: Range<usize>| ids[bag].iter().fold(false, |any, id| any | updated.may_have(id.row()));
-        let (mut shared, mut apart) = (vec![0; bags.batch], vec![0; bags.batch]);
-        let (mut in_shared, mut apart_ids) = (0, 0);
-        // Each bag is written to both sides, and kept on one: no branch that cannot be foreseen.
-        for (row, bag) in starts.windows(2).map(|bounds| bounds[0]..bounds[1]).enumerate() {
-            let len = bag.len();
-            let is_shared = is_shared(bag);
-            shared[in_shared] = row;
-            apart[row - in_shared] = row;
-            in_shared += usize::from(is_shared);
-            apart_ids += len * usize::from(!is_shared);
+    fn new<I: Id>(bags: &Bags, feature: usize, ids: &[I], updated: &RowFilter) -> Result<Self> {
+        let positions = bags.feature_bounds(feature);
+        let first = feature * bags.batch;
+        if bags.have_one_id(first..first + bags.batch) {
+            let (ids, weights) = (&ids[positions.clone()], bags.weights.map(|weights| &weights[positions]));
+            let sides = sides(ids.iter().map(|id| updated.may_have(id.row())).enumerate(), WHAT)?;
+            let apart_ids = sides[Part::Apart as usize].len();
+            let own = |rows: &[usize]| OwnBags::of_one_id(rows, ids, weights);
+            return Ok(Self::of(sides, apart_ids, ids.len(), own));
         }
-        if in_shared == 0 {
+        let mut starts = vec![0; bags.batch + 1];
+        bags.starts(first, &mut starts);
+        // All ids of a bag are asked, without an early end: answers come faster than branches can be foreseen.
+        let any = |bag: &[usize]| {
+            ids[bag[0]..bag[1]].iter().fold(false, |any, id| any | updated.may_have(id.row()))
+        };
+        let sides = sides(starts.windows(2).map(any).enumerate(), WHAT)?;
+        let apart_ids = sides[Part::Apart as usize].iter().map(|&row| starts[row + 1] - starts[row]).sum();
+        let own = |rows: &[usize]| OwnBags::of_rows(rows, &starts, ids, bags.weights);
+        Ok(Self::of(sides, apart_ids, positions.len(), own))
+    }
+
+    /// Of bags on both sides, by [`Part`]; those apart have so many of all ids.
+    fn of(sides: [Vec<usize>; 2], apart_ids: usize, ids: usize, own: impl Fn(&[usize]) -> OwnBags) -> Self {
+        if sides[Part::Shared as usize].is_empty() {
             return Self::Whole(Part::Apart);
         }
-        if (apart_ids as f64) < PARTED_FROM * bags.feature_bounds(feature).len() as f64 {
+        if (apart_ids as f64) < PARTED_FROM * ids as f64 {
             return Self::Whole(Part::Shared);
         }
-        shared.truncate(in_shared);
-        apart.truncate(bags.batch - in_shared);
-        Self::Parted([shared, apart].map(|rows| {
-            let own = OwnBags::of_rows(&rows, &starts, ids, bags.weights);
-            SomeBags { own, rows }
-        }))
+        Self::Parted(sides.map(|rows| SomeBags { own: own(&rows), rows }))
     }
 }

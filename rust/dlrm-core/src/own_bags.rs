@@ -8,8 +8,8 @@ use crate::bags::{Bags, Id, Ids, Offsets};
 /// Copied bags.
 pub(crate) struct OwnBags {
     pub(crate) ids: Vec<i64>,
-    /// Where each begins, and where the last ends.
-    offsets: Vec<i64>,
+    /// Where each begins, and where the last ends; none where each has one id.
+    offsets: Option<Vec<i64>>,
     weights: Option<Vec<f32>>,
 }
 
@@ -29,7 +29,14 @@ impl OwnBags {
             own_weights.extend(all.filter(is_kept).map(|position| weights[position]));
             own_weights
         });
-        Self { ids: own, offsets, weights }
+        Self { ids: own, offsets: Some(offsets), weights }
+    }
+
+    /// Those of the output rows `rows`, of bags of one id each.
+    pub(crate) fn of_one_id<I: Id>(rows: &[usize], ids: &[I], weights: Option<&[f32]>) -> Self {
+        let ids = rows.iter().map(|&row| ids[row].row() as i64).collect();
+        let weights = weights.map(|all| rows.iter().map(|&row| all[row]).collect());
+        Self { ids, offsets: None, weights }
     }
 
     /// Those of the output rows `rows`, of all bags' `starts`.
@@ -48,12 +55,15 @@ impl OwnBags {
             offsets.push(own.len() as i64);
         }
         let weights = weights.map(|all| rows.iter().flat_map(|row| &all[bag(row)]).copied().collect());
-        Self { ids: own, offsets, weights }
+        Self { ids: own, offsets: Some(offsets), weights }
     }
 
     /// All of them.
     pub(crate) fn bags(&self) -> Result<Bags<'_>> {
-        let (ids, offsets) = (Ids::I64(&self.ids), Offsets::I64(&self.offsets));
-        Bags::new(ids, offsets, 1, self.offsets.len() - 1, self.weights.as_deref())
+        let (ids, weights) = (Ids::I64(&self.ids), self.weights.as_deref());
+        match &self.offsets {
+            Some(offsets) => Bags::new(ids, Offsets::I64(offsets), 1, offsets.len() - 1, weights),
+            None => Bags::new(ids, Offsets::Even, 1, ids.len(), weights),
+        }
     }
 }

@@ -32,9 +32,10 @@ impl TableSet {
             let expected = format!("one flag for each of {tables} tables");
             return Err(Error::argument("trainable", expected, flags));
         }
+        let source = Routes::source(self, bags);
         Ok(Prepared {
-            occurrences: Occurrences::sorted(self, bags, trainable, false, ctx)?,
-            routes: Routes::new(self, bags, ctx)?,
+            occurrences: Occurrences::sorted(self, bags, trainable, false, source, ctx)?,
+            routes: Routes::new(self, bags, source, ctx)?,
             trainable: trainable.to_vec(),
             ids: bags.len(),
             output_len: self.output_len(bags),

@@ -5,7 +5,7 @@ use crate::gradient;
 use crate::kernels::Simd;
 use crate::kernels::stochastic::Random;
 use crate::kernels::touched::{Row, Rule};
-use crate::occurrences::Occurrences;
+use crate::occurrences::{Occurrences, Source};
 use crate::sources::Sources;
 use crate::table_set::TableSet;
 use crate::{Context, Error, Result};
@@ -52,7 +52,7 @@ impl TableSet {
         self.check_bags(bags)?;
         self.check_weights(bags)?; // a lookup with them follows: what it would refuse is refused before any row changes
         let every = vec![true; self.specs.len()];
-        let occurrences = Occurrences::sorted(self, bags, &every, true, ctx)?;
+        let occurrences = Occurrences::sorted(self, bags, &every, true, Source::Place, ctx)?;
         let sources = Sources::none();
         let rule = Renorm { max_norm, norm_type };
         self.tables.write(|tables| {

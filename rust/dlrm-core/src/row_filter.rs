@@ -17,19 +17,16 @@ pub(crate) struct RowFilter {
 }
 
 impl RowFilter {
-    /// Without rows yet, for so many occurrences of rows.
-    pub(crate) fn new(occurrences: usize) -> Result<Self> {
-        let bits = (BITS * occurrences).next_power_of_two().max(u64::BITS as usize);
+    /// The rows of some occurrences.
+    pub(crate) fn of(run: Run) -> Result<Self> {
+        let bits = (BITS * run.len()).next_power_of_two().max(u64::BITS as usize);
         let words = zeros(bits / u64::BITS as usize, "the rows of a call")?;
-        Ok(Self { words, shift: u64::BITS - bits.trailing_zeros() })
-    }
-
-    /// Adds the rows of occurrences.
-    pub(crate) fn insert(&mut self, run: Run) {
+        let mut made = Self { words, shift: u64::BITS - bits.trailing_zeros() };
         for k in 0..run.len() {
-            let bit = self.bit(run.row(k) as u64);
-            self.words[(bit / 64) as usize] |= 1 << (bit % 64);
+            let bit = made.bit(run.row(k) as u64);
+            made.words[(bit / 64) as usize] |= 1 << (bit % 64);
         }
+        Ok(made)
     }
 
     /// Whether a row may be in the set; true if it is.
@@ -57,8 +54,7 @@ mod tests {
             rows in prop::collection::btree_set(0_u64..1 << 40, 0..2000),
         ) {
             let sorted: Vec<_> = rows.iter().map(|row| row << 5).collect();
-            let mut filter = RowFilter::new(sorted.len()).unwrap();
-            filter.insert(Run::new(&sorted, 5));
+            let filter = RowFilter::of(Run::new(&sorted, 5)).unwrap();
             prop_assert!(rows.iter().all(|&row| filter.may_have(row)));
             let others = (0..1000).map(|k| (1 << 41) + 977 * k).filter(|&row| filter.may_have(row)).count();
             prop_assert!(others <= 1000 / 5, "{others}");

@@ -6,16 +6,18 @@ use crate::bags::{Bags, count, with_ids};
 use crate::disjoint::Disjoint;
 use crate::lookup::Pooling;
 use crate::memory::zeros;
+use crate::occurrences::Source;
 use crate::pieces::{self, Size};
 use crate::table_set::{Slot, TableSet};
 use crate::{Context, Result};
 
-/// Where the gradient of every id comes from; indexed by the place in `indices`.
+/// Where the gradient of every id comes from: what there is to know of an occurrence's [`Source`].
 #[derive(Clone, Copy)]
 pub(crate) struct Sources<'a> {
     pub(crate) grad: &'a [f32],
-    /// First element of the output row that the id went into.
-    pub(crate) starts: &'a [usize],
+    /// First element of the output row that the id went into; none where the source itself is that, and then the rest is
+    /// none either.
+    starts: Option<&'a [usize]>,
     /// By what that row's gradient is multiplied.
     pub(crate) scales: Option<&'a [f32]>,
     pub(crate) argmax: Option<&'a [f32]>,
@@ -23,9 +25,10 @@ pub(crate) struct Sources<'a> {
     pub(crate) places: Option<&'a [i32]>,
 }
 
-/// What of [`Sources`] is known before the gradient is.
+/// What of [`Sources`] is known before the gradient is; indexed by the place in `indices`.
+#[derive(Default)]
 pub(crate) struct Routes {
-    starts: Vec<usize>,
+    starts: Option<Vec<usize>>,
     scales: Option<Vec<f32>>,
     places: Option<Vec<i32>>,
 }
@@ -40,16 +43,30 @@ struct Part<'a> {
 impl Sources<'_> {
     /// No gradient at all, for a rule that needs none.
     pub(crate) const fn none() -> Self {
-        Self { grad: &[], starts: &[], scales: None, argmax: None, places: None }
+        Self { grad: &[], starts: None, scales: None, argmax: None, places: None }
+    }
+
+    /// The first element of the output row that the id of a source went into.
+    #[inline(always)]
+    pub(crate) fn start(&self, source: usize) -> usize {
+        self.starts.map_or(source, |starts| starts[source])
     }
 }
 
 impl Routes {
-    /// Those of a call.
-    pub(crate) fn new(set: &TableSet, bags: &Bags, ctx: &Context) -> Result<Self> {
+    /// What occurrences have to tell of the gradients of a call.
+    pub(crate) fn source(set: &TableSet, bags: &Bags) -> Source {
+        if is_scaled(set, bags) || set.pools_by_max() { Source::Place } else { Source::Start }
+    }
+
+    /// Those of a call; none where occurrences tell all.
+    pub(crate) fn new(set: &TableSet, bags: &Bags, source: Source, ctx: &Context) -> Result<Self> {
         const WHAT: &str = "the sources of gradients";
+        if source == Source::Start {
+            return Ok(Self::default());
+        }
         let ids = bags.len();
-        let scaled = bags.weights.is_some() || set.features.iter().any(|f| f.pooling == Pooling::Mean);
+        let scaled = is_scaled(set, bags);
         let mut starts = zeros(ids, WHAT)?;
         let mut scales = scaled.then(|| zeros(ids, WHAT)).transpose()?;
         let mut places = set.pools_by_max().then(|| zeros(ids, WHAT)).transpose()?;
@@ -73,13 +90,13 @@ impl Routes {
                 part.fill(set, bags, f, slots[f], positions);
             })?;
         }
-        Ok(Self { starts, scales, places })
+        Ok(Self { starts: Some(starts), scales, places })
     }
 
     /// With the gradient of a lookup's output, and its `argmax` when a feature pools by max.
     pub(crate) fn sources<'a>(&'a self, grad: &'a [f32], argmax: Option<&'a [f32]>) -> Sources<'a> {
-        let (scales, places) = (self.scales.as_deref(), self.places.as_deref());
-        Sources { grad, starts: &self.starts, scales, argmax, places }
+        let (starts, scales) = (self.starts.as_deref(), self.scales.as_deref());
+        Sources { grad, starts, scales, argmax, places: self.places.as_deref() }
     }
 }
 
@@ -139,6 +156,11 @@ impl TableSet {
         let count = with_ids!(bags.ids, |ids| count(&ids[bags.bounds(bag)], padding));
         count.max(1) as f32
     }
+}
+
+/// Whether the gradients of ids are multiplied by anything.
+fn is_scaled(set: &TableSet, bags: &Bags) -> bool {
+    bags.weights.is_some() || set.features.iter().any(|f| f.pooling == Pooling::Mean)
 }
 
 /// Units are ids, and each takes 8 to 16 bytes.

@@ -110,6 +110,18 @@ pub(crate) fn for_each(ctx: &Context, parts: usize, lines: usize, part: impl Fn(
     if stop.into_inner() { Err(Error::Interrupted) } else { Ok(()) }
 }
 
+/// What `part(0)` to `part(parts - 1)` return, run as by [`for_each`].
+pub(crate) fn map<T: Send + Sync>(
+    ctx: &Context,
+    parts: usize,
+    lines: usize,
+    part: impl Fn(usize) -> T + Sync,
+) -> Result<Vec<T>> {
+    let made: Vec<_> = (0..parts).map(|_| OnceLock::new()).collect();
+    for_each(ctx, parts, lines, |i| drop(made[i].set(part(i))))?;
+    Ok(made.into_iter().map(|one| one.into_inner().expect("every part has run")).collect())
+}
+
 /// This process's pool, of at least `workers` threads.
 fn pool(workers: usize) -> Result<Arc<Stamped<ThreadPool>>> {
     POOL.get_or_try_make(

@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeSet;
 
 use common::formulas::optimizers;
-use common::{Case, any_case, bits, contexts, large_case, noise};
+use common::{Case, any_case, bits, contexts, large_case, noise, plain_cases};
 use dlrm_core::optimizers::Kind;
 use dlrm_core::{Context, Feature, Gradient, Output, Part, Pooling, RowFormat, TableSet};
 use proptest::prelude::*;
@@ -110,12 +110,20 @@ fn large_calls_have_the_bits_of_calls_in_turn() {
     for pooling in [Pooling::Sum, Pooling::Mean, Pooling::Max] {
         check(&large_case(pooling), Kind::RowWiseAdagrad);
     }
+    for case in plain_cases() {
+        check(&case, Kind::RowWiseAdagrad);
+    }
 }
 
 #[test]
 fn bags_without_a_row_of_the_first_call_are_apart_and_a_feature_with_few_of_them_is_not_parted() {
+    for case in [large_case(Pooling::Sum)].into_iter().chain(plain_cases()) {
+        check_sides(case);
+    }
+}
+
+fn check_sides(mut case: Case) {
     let ctx = &Context::default();
-    let mut case = large_case(Pooling::Sum);
     case.tables[0].0 = 20_000;
     let mut second = following(&case);
     for (i, bag) in second.bags.iter_mut().enumerate() {

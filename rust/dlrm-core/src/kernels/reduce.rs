@@ -67,7 +67,7 @@ impl Reduce<'_> {
     ) -> (usize, usize) {
         let Touched { run, by_frequency, factor, hot, .. } = *self.touched;
         let gradients = Gradients::<VECTORS, SCALED, MASKED>::new(self.touched);
-        if self.begin == 0 {
+        if self.begin == 0 && self.needed {
             for k in 0..AHEAD.min(run.len()) {
                 gradients.prefetch(simd, k);
             }
@@ -193,10 +193,9 @@ impl<'a, const VECTORS: usize, const SCALED: bool, const MASKED: bool>
     /// Starts to bring the gradient of occurrence `k` near.
     #[inline(always)]
     fn prefetch<S: Simd>(&self, simd: S, k: usize) {
-        if let Some(&start) = self.sources.starts.get(self.run.place(k)) {
-            let grad = self.sources.grad.as_ptr().wrapping_add(start);
-            simd.prefetch_bytes(grad.cast(), self.dim * size_of::<f32>());
-        }
+        let start = self.sources.start(self.run.source(k));
+        let grad = self.sources.grad.as_ptr().wrapping_add(start);
+        simd.prefetch_bytes(grad.cast(), self.dim * size_of::<f32>());
     }
 }
 
@@ -215,13 +214,13 @@ impl<const VECTORS: usize, const SCALED: bool, const MASKED: bool> Terms
         if at == 0 && k + AHEAD < run.len() {
             self.prefetch(simd, k + AHEAD);
         }
-        let place = run.place(k);
-        let start = sources.starts[place];
+        let source = run.source(k);
+        let start = sources.start(source);
         let mut grad = load::<S, COUNT, WHOLE>(simd, &sources.grad[start..start + dim], at);
-        match sources.argmax.zip(sources.places).filter(|(_, places)| MASKED && places[place] >= 0) {
+        match sources.argmax.zip(sources.places).filter(|(_, places)| MASKED && places[source] >= 0) {
             Some((argmax, places)) => {
                 let argmax = load::<S, COUNT, WHOLE>(simd, &argmax[start..start + dim], at);
-                let own = simd.splat(f32::from_bits(places[place] as u32));
+                let own = simd.splat(f32::from_bits(places[source] as u32));
                 for i in 0..COUNT {
                     let largest = simd.same_bits(argmax[i], own);
                     grad[i] = simd.select(largest, grad[i], simd.splat(0.0));
@@ -229,7 +228,7 @@ impl<const VECTORS: usize, const SCALED: bool, const MASKED: bool> Terms
             }
             None => {
                 if let Some(scales) = sources.scales.filter(|_| SCALED) {
-                    let scale = simd.splat(scales[place]);
+                    let scale = simd.splat(scales[source]);
                     for grad in &mut grad {
                         *grad = simd.mul(*grad, scale);
                     }

@@ -84,6 +84,14 @@ pub(crate) fn large_case(pooling: Pooling) -> Case {
     Case { tables, features, batch, bags, weighted, wide_ids: true, last_offset: true, seed: 3 }
 }
 
+/// The same where an occurrence tells all of its gradient: sums without weights, of many ids and of one id each.
+pub(crate) fn plain_cases() -> [Case; 2] {
+    let many = Case { weighted: false, ..large_case(Pooling::Sum) };
+    let last = |bag: &Vec<i64>| vec![bag.last().map_or(1, |&id| id)];
+    let one = Case { bags: many.bags.iter().map(last).collect(), ..many.clone() };
+    [many, one]
+}
+
 /// The arrays of a call.
 pub(crate) struct Arrays {
     pub(crate) narrow: Vec<i32>,
