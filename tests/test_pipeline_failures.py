@@ -253,7 +253,7 @@ def test_ctrl_c_when_a_lock_has_just_been_taken_leaves_no_thread_that_waits_for_
 
     def interrupted(self: threading.Condition) -> bool:
         taken = enter(self)
-        if pipeline._run is not None and self is pipeline._run._changed and threading.current_thread() is main:
+        if pipeline._run is not None and self is pipeline._run._shared.changed and threading.current_thread() is main:
             monkeypatch.undo()
             raise KeyboardInterrupt
         return taken
