@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import dlrm_rs
 from clicks import Updates, assert_same_state, click_log, click_model, dense_adam, pipelined, plain_losses
 from dlrm_rs import Pipeline
 from dlrm_rs.devices import CPU, StandIn, output_device
-from dlrm_rs.devices.ring import Bytes, Ring, huge_pages
+from dlrm_rs.devices.ring import SMALL, Bytes, Ring, huge_pages
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -73,12 +74,47 @@ def test_a_loop_on_the_cpu_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPat
         return memory
 
     monkeypatch.setattr(CPU, "outputs", type(CPU.outputs)(allocate))
+    monkeypatch.setattr("dlrm_rs.devices.ring.SMALL", 0)
     model, log = click_model(), click_log(40)
     for _ in range(2):
         pipelined(model, log)
     assert 2 <= len(slots) <= 12
     gc.collect()
     assert [slot() for slot in slots if slot() is not None] == []
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_large_outputs_are_written_where_one_was_that_nobody_looks_at(is_trained: bool) -> None:
+    configs = [dlrm_rs.EmbeddingBagConfig("t", 10, 64, ["f"])]
+    collection = dlrm_rs.EmbeddingBagCollection(configs, optimizer=dlrm_rs.optim.SGD(0.1))
+    B = SMALL // (64 * 4) + 1
+    ids, offsets = torch.arange(B) % 10, torch.arange(B + 1)
+    with torch.set_grad_enabled(is_trained):
+        first = collection.lookup(ids, offsets)
+        kept, address = first[:, :1], first.data_ptr()
+        del first
+        second = collection.lookup(ids.flip(0), offsets)
+        assert second.data_ptr() != address  # `kept` is a view of the first
+        assert torch.equal(kept.flip(0), second[:, :1])
+        expected = kept.clone()
+        del kept
+        third = collection.lookup(ids, offsets)
+        assert third.data_ptr() == address
+        assert torch.equal(third[:, :1], expected)
+        assert second.data_ptr() != address
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_has_memory_of_its_own() -> None:
+    slots = Ring(huge_pages)
+    slots.take((100,), torch.uint8).zero_()
+    child = os.fork()
+    rows = slots.take((100,), torch.uint8).numpy()  # of the same slot in both
+    if child == 0:
+        rows[:] = 7
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not rows.any()
 
 
 def test_a_ring_gives_back_what_is_not_wanted_any_more() -> None:

@@ -18,6 +18,9 @@ from dlrm_rs.devices.ring import Ring, RingPerThread, huge_pages, pinned
 
 __all__ = ["CPU", "CpuDevice", "CudaDevice", "Device", "Fetched", "Mark", "Moment", "Sent", "Span", "output_device"]
 
+# Takes that a free output of the CPU outlives, which may be large, and its user not in a loop.
+_UNWANTED = 64
+
 # Begin and end in seconds, as of `time.perf_counter`.
 Span = tuple[float, float]
 
@@ -88,13 +91,13 @@ class CpuDevice(Device):
     """The CPU itself: nothing is copied.
 
     All collections share it. So every thread that looks tables up has a ring of its own, as that of a pipeline's loop,
-    which goes when the loop ends.
+    which goes when the loop ends. A large output is written where one was before that nobody looks at any more.
     """
 
     torch_device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.outputs = RingPerThread(huge_pages)
+        self.outputs = RingPerThread(huge_pages, _UNWANTED)
 
     def send(self, rows: Tensor) -> Sent:
         """The rows are there already."""

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Bytes", "Ring", "RingPerThread", "huge_pages", "pinned"]
+__all__ = ["SMALL", "Bytes", "Ring", "RingPerThread", "huge_pages", "pinned"]
 
 Bytes = NDArray[np.uint8]
 
@@ -28,12 +28,17 @@ _HUGE_PAGE = 2 << 20
 # A free slot goes when it has not been wanted in so many takes: more than some steps have, whatever their collections.
 _UNWANTED = 1000
 
+# Bytes of a tensor up to which the C library may keep its memory for the next one (glibc's largest M_MMAP_THRESHOLD),
+# and above which it is too much to be kept here.
+SMALL, _LARGE = 32 << 20, 1 << 30
+
 
 class Ring:
     """Slots of host memory.
 
     Args:
         allocate: Gives so many bytes.
+        unwanted: In how many takes a free slot is not wanted that gives its memory back.
 
     Example:
         >>> ring = Ring(huge_pages)
@@ -46,8 +51,8 @@ class Ring:
         True
     """
 
-    def __init__(self, allocate: Callable[[int], Bytes]) -> None:
-        self._allocate = allocate
+    def __init__(self, allocate: Callable[[int], Bytes], unwanted: int = _UNWANTED) -> None:
+        self._allocate, self._unwanted = allocate, unwanted
         self._slots: list[_Slot] = []
         self._takes = 0
         self._lock = threading.Lock()
@@ -68,7 +73,7 @@ class Ring:
                 self._slots.append(slot)
             self._takes += 1
             slot.taken_at = self._takes
-            unwanted = [one for one in free if self._takes - one.taken_at > _UNWANTED]
+            unwanted = [one for one in free if self._takes - one.taken_at > self._unwanted]
             self._slots = [one for one in self._slots if one not in unwanted]
             return slot.tensor(size).view(dtype).view(shape)
 
@@ -89,7 +94,20 @@ class Ring:
 
 
 class RingPerThread(Ring, threading.local):
-    """A ring of its own for every thread, which goes with the thread."""
+    """A ring of its own for every thread, which goes with the thread; of large tensors, but not of the largest.
+
+    The C library gives such memory back to the system as soon as it is free, and the next output would wait for ten
+    thousand pages to be cleared, for longer than a lookup takes.
+    """
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """As of `Ring`, or a tensor with memory of its own."""
+        size = prod(shape) * dtype.itemsize
+        if size <= SMALL:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        if size > _LARGE:
+            return torch.from_numpy(self._allocate(size)).view(dtype).view(shape)
+        return super().take(shape, dtype)
 
 
 class _Slot:
@@ -116,7 +134,8 @@ def _never() -> bool:
 
 def huge_pages(size: int) -> Bytes:
     """Memory on 2 MB pages where the system has them: rows of an output lie far apart, each on another small page."""
-    mapped = mmap.mmap(-1, size + 2 * _HUGE_PAGE)
+    # Private: by default a process that is forked writes to the same memory, and no page of it is a large one.
+    mapped = mmap.mmap(-1, size + 2 * _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapped.madvise(mmap.MADV_HUGEPAGE)
     memory: Bytes = np.frombuffer(mapped, np.uint8)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from dlrm_rs.devices import CPU
-from dlrm_rs.operators.calls import CPU_DEVICE
+from dlrm_rs.devices.ring import SMALL
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = ["lookup"]
+
+# Its name would be looked up at every call.
+_CPU_DEVICE = torch.device("cpu")
 
 
 def lookup(
@@ -43,6 +46,10 @@ def lookup(
     batch_size = handle.batch_size(indices, offsets, per_sample_weights)
     if batch_size is None:
         return None
-    out = torch.empty(batch_size, tables.width, dtype=tables.output_dtype, device=CPU_DEVICE)
+    width, dtype = tables.width, tables.output_dtype
+    if batch_size * width * dtype.itemsize <= SMALL:
+        out = torch.empty(batch_size, width, dtype=dtype, device=_CPU_DEVICE)
+    else:
+        out = CPU.outputs.take((batch_size, width), dtype)
     handle.lookup(indices, offsets, batch_size, per_sample_weights, out, None)
     return out

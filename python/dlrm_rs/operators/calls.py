@@ -17,7 +17,6 @@ from dlrm_rs.row_formats import TAKES_TENSORS, as_array
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = [
-    "CPU_DEVICE",
     "agree",
     "array",
     "check_fused",
@@ -32,9 +31,6 @@ __all__ = [
     "update",
 ]
 
-# Its name would be looked up at every call.
-CPU_DEVICE = torch.device("cpu")
-
 # `indices, offsets, batch_size`, as of `operators.lookup`.
 Bags = tuple[Tensor, Tensor | None, int]
 
@@ -48,16 +44,12 @@ def lookup(
     bags: Bags,
     per_sample_weights: Tensor | None,
     argmax: Tensor | None,
-    outputs: Ring | None = None,
+    outputs: Ring,
 ) -> Tensor:
-    """Look up and pool: `(B, W)`, or `(L, D)` where nothing is pooled; into memory of `outputs`, if there is one."""
+    """Look up and pool: `(B, W)`, or `(L, D)` where nothing is pooled; into memory of `outputs`."""
     indices, offsets, batch_size = bags
     rows = batch_size if shape.pooled else indices.numel()
-    if outputs is None:
-        # `device`, lest a default device that the user has set is taken.
-        out = torch.empty(rows, shape.width, dtype=shape.output_dtype, device=CPU_DEVICE)
-    else:
-        out = outputs.take((rows, shape.width), shape.output_dtype)
+    out = outputs.take((rows, shape.width), shape.output_dtype)
     given: Any = indices, offsets, batch_size, per_sample_weights, out, argmax
     if not TAKES_TENSORS:
         given = [as_array(item) if isinstance(item, Tensor) else item for item in given]

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from dlrm_rs.devices import CPU
-from dlrm_rs.devices.ring import Ring
 from dlrm_rs.memory import Memory
 from dlrm_rs.operators import calls
 from dlrm_rs.operators.kept import KeptCall, keep
@@ -45,7 +44,7 @@ def lookup(
             out: Tensor = _Lookup.apply(call, indices, offsets, per_sample_weights, *inputs)
             return out
     bags = (indices, offsets, batch_size)
-    return calls.lookup(tables.handle, tables, bags, per_sample_weights, None, _outputs(tables))
+    return calls.lookup(tables.handle, tables, bags, per_sample_weights, None, tables.output_device.outputs)
 
 
 def renorm(
@@ -89,11 +88,11 @@ class _Lookup(torch.autograd.Function):
         per_sample_weights: Tensor | None,
         *inputs: nn.Parameter,
     ) -> Tensor:
-        argmax = None
-        if call.tables.pools_by_max:
-            argmax = torch.empty(call.batch_size, call.tables.width, dtype=torch.int32, device="cpu")
+        tables, argmax = call.tables, None
+        if tables.pools_by_max:
+            argmax = CPU.outputs.take((call.batch_size, tables.width), torch.int32)
         bags = (indices, offsets, call.batch_size)
-        out = calls.lookup(call.tables.handle, call.tables, bags, per_sample_weights, argmax, _outputs(call.tables))
+        out = calls.lookup(tables.handle, tables, bags, per_sample_weights, argmax, tables.output_device.outputs)
         # Only the gradient of per_sample_weights reads the rows: then torch is to notice if they changed meanwhile.
         rows = call.weights if ctx.needs_input_grad[3] else ()
         ctx.save_for_backward(indices, offsets, per_sample_weights, argmax, *rows)
@@ -139,11 +138,6 @@ def _tie(optimizer: FusedOptimizer, weights: Sequence[nn.Parameter]) -> list[nn.
     if optimizer.gate is not None:
         return [optimizer.gate]
     return [weight for weight in weights if weight.requires_grad][:1]
-
-
-def _outputs(tables: EmbeddingTables) -> Ring | None:
-    """Memory from which copies to the device go on their own; none for output that stays where it is."""
-    return None if tables.output_device is CPU else tables.output_device.outputs
 
 
 def _keep(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from dlrm_rs.devices import CPU
 from dlrm_rs.operators import calls
 from dlrm_rs.operators.definition import BATCH, Batch, define
 from dlrm_rs.operators.whose import at_home, handle_of, tables_of
@@ -57,7 +58,7 @@ def _lookup(
     argmax = torch.zeros(batch.batch_size, layout.width if with_argmax else 0, dtype=torch.int32, device="cpu")
     weights = None if per_sample_weights is None else per_sample_weights.contiguous()
     handle = handle_of(rows, batch.key, layout)
-    return calls.lookup(handle, layout, batch.bags(), weights, argmax if with_argmax else None), argmax
+    return calls.lookup(handle, layout, batch.bags(), weights, argmax if with_argmax else None, CPU.outputs), argmax
 
 
 def _fake_lookup(
