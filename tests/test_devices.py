@@ -102,6 +102,13 @@ def test_large_outputs_are_written_where_one_was_that_nobody_looks_at(is_trained
         assert third.data_ptr() == address
         assert torch.equal(third[:, :1], expected)
         assert second.data_ptr() != address
+        del third
+        third = collection.lookup(ids, offsets).relu_()  # as of memory of its own
+        assert torch.equal(third[:, :1], expected.relu())
+    del second, third
+    for _ in range(100):
+        collection.lookup(ids[:10], offsets[:11])
+    assert len(CPU.outputs) == 0
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -109,10 +116,13 @@ def test_a_fork_has_memory_of_its_own() -> None:
     slots = Ring(huge_pages)
     slots.take((100,), torch.uint8).zero_()
     child = os.fork()
-    rows = slots.take((100,), torch.uint8).numpy()  # of the same slot in both
     if child == 0:
-        rows[:] = 7
-        os._exit(0)
+        try:
+            slots.take((100,), torch.uint8).numpy()[:] = 7  # of the same slot as below
+            os._exit(0)
+        finally:
+            os._exit(1)
+    rows = slots.take((100,), torch.uint8).numpy()
     assert os.waitpid(child, 0)[1] == 0
     assert not rows.any()
 

@@ -18,8 +18,8 @@ from dlrm_rs.devices.ring import Ring, RingPerThread, huge_pages, pinned
 
 __all__ = ["CPU", "CpuDevice", "CudaDevice", "Device", "Fetched", "Mark", "Moment", "Sent", "Span", "output_device"]
 
-# Takes that a free output of the CPU outlives, which may be large, and its user not in a loop.
-_UNWANTED = 64
+# Takes, of any size, that the memory of a large output on the CPU outlives when it is free.
+_KEPT_FOR = 64
 
 # Begin and end in seconds, as of `time.perf_counter`.
 Span = tuple[float, float]
@@ -97,7 +97,7 @@ class CpuDevice(Device):
     torch_device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.outputs = RingPerThread(huge_pages, _UNWANTED)
+        self.outputs = RingPerThread(huge_pages, _KEPT_FOR)
 
     def send(self, rows: Tensor) -> Sent:
         """The rows are there already."""

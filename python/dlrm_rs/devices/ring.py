@@ -1,4 +1,4 @@
-"""Host memory that is used over and over: written by the engine, read by a copy to the device, and written again.
+"""Host memory that is used over and over: written by the engine, read by a copy or by the user, and written again.
 
 A slot is free again when nothing looks at its memory any more: no tensor made of it, and no copy that has begun. So a
 tensor from a ring may be kept for as long as one likes, and after a few steps nothing is allocated any more. A free
@@ -30,7 +30,7 @@ _UNWANTED = 1000
 
 # Bytes of a tensor up to which the C library may keep its memory for the next one (glibc's largest M_MMAP_THRESHOLD),
 # and above which it is too much to be kept here.
-SMALL, _LARGE = 32 << 20, 1 << 30
+SMALL, _LARGE = 32 << 20, 256 << 20
 
 
 class Ring:
@@ -71,11 +71,16 @@ class Ring:
                     self._slots.remove(free[0])
                 slot = _Slot(self._allocate(max(size, 1)))
                 self._slots.append(slot)
-            self._takes += 1
             slot.taken_at = self._takes
-            unwanted = [one for one in free if self._takes - one.taken_at > self._unwanted]
-            self._slots = [one for one in self._slots if one not in unwanted]
-            return slot.tensor(size).view(dtype).view(shape)
+            self._age()
+            return _tensor(slot.view(size), shape, dtype)
+
+    def _age(self) -> None:
+        """Count a take, and give back what has not been wanted for long."""
+        self._takes += 1
+        self._slots = [
+            slot for slot in self._slots if self._takes - slot.taken_at <= self._unwanted or not slot.is_free()
+        ]
 
     def keep(self, tensor: Tensor, is_busy: Callable[[], bool]) -> None:
         """Do not give the slot of a tensor out again while a copy is reading or writing it.
@@ -103,11 +108,13 @@ class RingPerThread(Ring, threading.local):
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As of `Ring`, or a tensor with memory of its own."""
         size = prod(shape) * dtype.itemsize
-        if size <= SMALL:
-            return torch.empty(shape, dtype=dtype, device="cpu")
+        if SMALL < size <= _LARGE:
+            return super().take(shape, dtype)
+        with self._lock:
+            self._age()
         if size > _LARGE:
-            return torch.from_numpy(self._allocate(size)).view(dtype).view(shape)
-        return super().take(shape, dtype)
+            return _tensor(self._allocate(size), shape, dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever default device the user has set
 
 
 class _Slot:
@@ -121,11 +128,16 @@ class _Slot:
     def is_free(self) -> bool:
         return (self._view is None or self._view() is None) and not self.is_busy()
 
-    def tensor(self, size: int) -> Tensor:
+    def view(self, size: int) -> Bytes:
         view = self.memory[:size]  # torch keeps this very array for as long as any tensor of it lives
         self._view = weakref.ref(view)
         self.is_busy = _never
-        return torch.from_numpy(view)
+        return view
+
+
+def _tensor(memory: Bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # `data`, which is no view for autograd: that refuses to have a view that a Function gives changed in place.
+    return torch.from_numpy(memory).view(dtype).view(shape).data
 
 
 def _never() -> bool:
@@ -135,7 +147,10 @@ def _never() -> bool:
 def huge_pages(size: int) -> Bytes:
     """Memory on 2 MB pages where the system has them: rows of an output lie far apart, each on another small page."""
     # Private: by default a process that is forked writes to the same memory, and no page of it is a large one.
-    mapped = mmap.mmap(-1, size + 2 * _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapped = mmap.mmap(-1, size + 2 * _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"expected {size:,} bytes of memory for an output, the system has none: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapped.madvise(mmap.MADV_HUGEPAGE)
     memory: Bytes = np.frombuffer(mapped, np.uint8)

@@ -47,7 +47,7 @@ def lookup(
     if batch_size is None:
         return None
     width, dtype = tables.width, tables.output_dtype
-    if batch_size * width * dtype.itemsize <= SMALL:
+    if batch_size * width * dtype.itemsize <= SMALL and not CPU.outputs:  # as that would, at less cost
         out = torch.empty(batch_size, width, dtype=dtype, device=_CPU_DEVICE)
     else:
         out = CPU.outputs.take((batch_size, width), dtype)

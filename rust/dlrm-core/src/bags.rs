@@ -77,7 +77,7 @@ impl Ids<'_> {
 #[inline(always)]
 pub(crate) fn excess(row: u64, rows: usize) -> i64 {
     let row = row as i64;
-    row | (rows as i64 - 1).wrapping_sub(row) // of two that are not negative, no difference overflows
+    row | (rows as i64 - 1).wrapping_sub(row) // where `row` is not negative, no difference overflows
 }
 
 /// How many of `ids` are not `padding`.
@@ -215,6 +215,12 @@ impl<'a> Bags<'a> {
             Offsets::I64(offsets) => have_one_id(offsets, self.ids.len(), bags),
             Offsets::Even => self.ids.len() == self.features * self.batch,
         }
+    }
+
+    /// Whether each bag of `feature` has one id, and so has as many as bags, also where offsets have changed during the call.
+    pub(crate) fn feature_has_one_id_each(&self, feature: usize) -> bool {
+        let first = feature * self.batch;
+        self.feature_bounds(feature).len() == self.batch && self.have_one_id(first..first + self.batch)
     }
 
     /// Where the ids of `feature` are.

@@ -47,15 +47,15 @@ impl Occurrences {
         source: Source,
         ctx: &Context,
     ) -> Result<Self> {
-        let (sources, what) = match source {
+        let (number, what) = match source {
             Source::Start => (set.output_len(bags), "elements of the output"),
             Source::Place => (bags.len(), "ids"),
         };
-        let source_bits = bits(sources);
+        let source_bits = bits(number);
         if let Some(spec) = set.specs.iter().find(|spec| bits(spec.rows) + source_bits > u64::BITS) {
             let bits = u64::BITS - bits(spec.rows);
             let expected = format!("fewer than 2^{bits} {what} for {} rows", spec.rows);
-            return Err(Error::argument("indices", expected, sources));
+            return Err(Error::argument("indices", expected, format_args!("{number} {what}")));
         }
         let bad = AtomicUsize::new(usize::MAX);
         let call = Call { set, bags, slots: set.slots(bags), padding, source, source_bits, bad };
@@ -193,20 +193,23 @@ struct Call<'a> {
 
 impl Call<'_> {
     /// The occurrences of a table in the order of the call, none if they are not `wanted`.
-    ///
-    /// Every id is read once, so that what was checked is what is used.
     fn collect<I: Id>(&self, table: usize, ids: &[I], wanted: bool) -> Result<Vec<u64>> {
         let Self { set, bags, .. } = *self;
         let rows = set.specs[table].rows;
         let bounds = |&f: &usize| bags.feature_bounds(f);
         let features = &set.features_of[table];
-        let wanted = if wanted { features.iter().map(|f| bounds(f).len()).sum() } else { 0 };
-        let mut occurrences = room(wanted, WHAT)?;
+        let len = if wanted { features.iter().map(|f| bounds(f).len()).sum() } else { 0 };
+        let mut occurrences = room(len, WHAT)?;
         for f in features {
             let (first, ids) = (bounds(f).start, &ids[bounds(f)]);
-            if (wanted == 0 || self.append(*f, ids, &mut occurrences))
-                && let Some(bad) = first_bad(ids, rows)
-            {
+            let mut bad = None;
+            if !wanted {
+                bad = first_bad(ids, rows);
+            } else if self.append(*f, ids, &mut occurrences) {
+                // What was bad stays so, though somebody may have changed the id since.
+                bad = Some(first_bad(ids, rows).unwrap_or(0));
+            }
+            if let Some(bad) = bad {
                 self.bad.fetch_min(first + bad, Ordering::Relaxed);
             }
         }
@@ -218,10 +221,9 @@ impl Call<'_> {
         let Self { set, bags, source, .. } = *self;
         let slot = self.slots[f];
         let positions = bags.feature_bounds(f);
-        let units = f * bags.batch..(f + 1) * bags.batch;
         match source {
             Source::Place => self.extend(f, ids.iter().zip(positions), occurrences),
-            Source::Start if !set.pooled || bags.have_one_id(units) => {
+            Source::Start if !set.pooled || bags.feature_has_one_id_each(f) => {
                 let starts = (0..ids.len()).map(|unit| slot.at(unit));
                 self.extend(f, ids.iter().zip(starts), occurrences)
             }
@@ -249,14 +251,16 @@ impl Call<'_> {
         let Feature { table, padding, .. } = self.set.features[f];
         let rows = self.set.specs[table].rows;
         let mut any = 0;
-        let occurrence = |(id, source): (&I, usize)| {
-            any |= excess(id.row(), rows);
-            id.row() << self.source_bits | source as u64
+        // Read once, so that what was checked is what is used.
+        let occurrence = |(row, source): (u64, usize)| {
+            any |= excess(row, rows);
+            row << self.source_bits | source as u64
         };
+        let ids = ids.map(|(id, source)| (id.row(), source));
         match padding.filter(|_| !self.padding) {
             None => occurrences.extend(ids.map(occurrence)),
             Some(padding) => {
-                occurrences.extend(ids.filter(|(id, _)| id.row() != padding as u64).map(occurrence));
+                occurrences.extend(ids.filter(|(row, _)| *row != padding as u64).map(occurrence));
             }
         }
         any < 0
@@ -312,8 +316,9 @@ mod tests {
             rows in prop::collection::vec(0_u64..1 << 40, 0..3000),
             rows_bits in 1_u32..41,
         ) {
+            // Low bits in no order, which the sort is not to change.
             let data: Vec<u64> = (0_u64..).zip(&rows)
-                .map(|(i, row)| (row & ((1 << rows_bits) - 1)) << 13 | i)
+                .map(|(i, row)| (row & ((1 << rows_bits) - 1)) << 13 | ((i * 2741) & 0x1FFF))
                 .collect();
             let mut expected = data.clone();
             expected.sort_by_key(|x| x >> 13);

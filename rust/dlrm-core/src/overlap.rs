@@ -213,8 +213,7 @@ impl FeatureBags {
     /// `updated` has the rows that the first call touches.
     fn new<I: Id>(bags: &Bags, feature: usize, ids: &[I], updated: &RowFilter) -> Result<Self> {
         let positions = bags.feature_bounds(feature);
-        let first = feature * bags.batch;
-        if bags.have_one_id(first..first + bags.batch) {
+        if bags.feature_has_one_id_each(feature) {
             let (ids, weights) = (&ids[positions.clone()], bags.weights.map(|weights| &weights[positions]));
             let sides = sides(ids.iter().map(|id| updated.may_have(id.row())).enumerate(), WHAT)?;
             let apart_ids = sides[Part::Apart as usize].len();
@@ -222,7 +221,7 @@ impl FeatureBags {
             return Ok(Self::of(sides, apart_ids, ids.len(), own));
         }
         let mut starts = vec![0; bags.batch + 1];
-        bags.starts(first, &mut starts);
+        bags.starts(feature * bags.batch, &mut starts);
         // All ids of a bag are asked, without an early end: answers come faster than branches can be foreseen.
         let any = |bag: &[usize]| {
             ids[bag[0]..bag[1]].iter().fold(false, |any, id| any | updated.may_have(id.row()))
