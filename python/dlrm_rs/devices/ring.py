@@ -101,8 +101,8 @@ class Ring:
 class RingPerThread(Ring, threading.local):
     """A ring of its own for every thread, which goes with the thread; of large tensors, but not of the largest.
 
-    The C library gives such memory back to the system as soon as it is free, and the next output would wait for ten
-    thousand pages to be cleared, for longer than a lookup takes.
+    The C library gives such memory back to the system as soon as it is free, and the next output would wait for
+    thousands of pages to be cleared, for longer than a lookup takes.
     """
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

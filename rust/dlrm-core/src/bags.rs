@@ -72,8 +72,8 @@ impl Ids<'_> {
     }
 }
 
-/// A negative number unless `row` is below `rows`. Gathered by `|` over many rows, this takes a third of the instructions of
-/// comparisons, for which the vectors that every processor has are not made where numbers have 64 bits.
+/// A negative number unless `row` is below `rows`, to be gathered by `|` over many rows: the vectors that every processor has
+/// compare no numbers of 64 bits.
 #[inline(always)]
 pub(crate) fn excess(row: u64, rows: usize) -> i64 {
     let row = row as i64;
