@@ -3,7 +3,9 @@
 import copy
 import gc
 import os
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import dlrm_rs
 from clicks import Updates, assert_same_state, click_log, click_model, dense_adam, pipelined, plain_losses
 from dlrm_rs import Pipeline
 from dlrm_rs.devices import CPU, StandIn, output_device
-from dlrm_rs.devices.ring import SMALL, Bytes, Ring, huge_pages
+from dlrm_rs.devices.ring import SMALL, Bytes, Ring, RingPerThread, huge_pages
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -106,9 +108,64 @@ def test_large_outputs_are_written_where_one_was_that_nobody_looks_at(is_trained
         third = collection.lookup(ids, offsets).relu_()  # as of memory of its own
         assert torch.equal(third[:, :1], expected.relu())
     del second, third
-    for _ in range(100):
+    for _ in range(1100):
         collection.lookup(ids[:10], offsets[:11])
     assert len(CPU.outputs) == 0
+
+
+def test_who_keeps_many_large_outputs_keeps_the_c_librarys_memory() -> None:
+    ring = RingPerThread(huge_pages)
+    kept = [ring.take((SMALL + 1,), torch.uint8) for _ in range(300)]
+    assert len(ring) == 256
+    assert len({tensor.data_ptr() for tensor in kept}) == 300
+    assert torch.equal(kept[-1].resize_(1), kept[-1][:1])  # as memory of a ring cannot be
+    del kept
+    assert len(ring) == 256
+    ring.take((SMALL + 1,), torch.uint8)
+    assert len(ring) == 256
+
+
+def test_a_tensor_may_die_in_another_thread_and_after_its_ring() -> None:
+    ring = Ring(huge_pages)
+    address = ring.take((10,), torch.uint8).data_ptr()
+    tensors = [ring.take((10,), torch.uint8)]
+    thread = threading.Thread(target=tensors.clear)
+    thread.start()
+    thread.join()
+    last = ring.take((10,), torch.uint8)
+    assert last.data_ptr() == address
+    memory = weakref.ref(ring._taken[address].memory.base)
+    del ring
+    gc.collect()
+    assert last.fill_(3).sum() == 30
+    assert memory() is not None
+    del last
+    gc.collect()
+    assert memory() is None
+
+
+def test_threads_and_whatever_runs_in_the_midst_of_a_take_have_memory_of_their_own() -> None:
+    within: list[torch.Tensor] = []
+    handled = iter(range(5))
+
+    def allocate(size: int) -> Bytes:
+        # As a signal handler that looks up, and is itself interrupted.
+        within.extend(ring.take((10,), torch.uint8) for _ in handled)
+        return huge_pages(size)
+
+    ring = Ring(allocate)
+    tensors = [ring.take((10,), torch.uint8), *within]
+    assert len({tensor.data_ptr() for tensor in tensors}) == 6
+
+    def work(number: int) -> bool:
+        for _ in range(300):
+            tensor = ring.take((1000,), torch.uint8).fill_(number)
+            if not bool((tensor == number).all()):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

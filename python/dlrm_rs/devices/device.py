@@ -18,9 +18,6 @@ from dlrm_rs.devices.ring import Ring, RingPerThread, huge_pages, pinned
 
 __all__ = ["CPU", "CpuDevice", "CudaDevice", "Device", "Fetched", "Mark", "Moment", "Sent", "Span", "output_device"]
 
-# Takes, of any size, that the memory of a large output on the CPU outlives when it is free.
-_KEPT_FOR = 64
-
 # Begin and end in seconds, as of `time.perf_counter`.
 Span = tuple[float, float]
 
@@ -97,7 +94,7 @@ class CpuDevice(Device):
     torch_device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.outputs = RingPerThread(huge_pages, _KEPT_FOR)
+        self.outputs = RingPerThread(huge_pages)
 
     def send(self, rows: Tensor) -> Sent:
         """The rows are there already."""

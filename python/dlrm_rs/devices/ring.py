@@ -3,6 +3,9 @@
 A slot is free again when nothing looks at its memory any more: no tensor made of it, and no copy that has begun. So a
 tensor from a ring may be kept for as long as one likes, and after a few steps nothing is allocated any more. A free
 slot that has not been wanted for some steps gives its memory back, and with a ring go all that nothing looks at.
+
+There is no lock: a tensor may die in any thread, in the midst of a take too, where a signal is handled or garbage
+collected. Slots go from list to list by operations that Python does at once.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -28,9 +32,12 @@ _HUGE_PAGE = 2 << 20
 # A free slot goes when it has not been wanted in so many takes: more than some steps have, whatever their collections.
 _UNWANTED = 1000
 
-# Bytes of a tensor up to which the C library may keep its memory for the next one (glibc's largest M_MMAP_THRESHOLD),
-# and above which it is too much to be kept here.
-SMALL, _LARGE = 32 << 20, 256 << 20
+# Bytes of a tensor for which the C library's memory is as good (`benches/record/2026-11-30-outputs.md`), and above
+# which it is too much to be kept here.
+SMALL, _LARGE = 2 << 20, 256 << 20
+
+# Whoever keeps so many tensors collects them, and memory of a mapping each has nothing to offer them.
+_MANY = 256
 
 
 class Ring:
@@ -38,7 +45,6 @@ class Ring:
 
     Args:
         allocate: Gives so many bytes.
-        unwanted: In how many takes a free slot is not wanted that gives its memory back.
 
     Example:
         >>> ring = Ring(huge_pages)
@@ -51,36 +57,46 @@ class Ring:
         True
     """
 
-    def __init__(self, allocate: Callable[[int], Bytes], unwanted: int = _UNWANTED) -> None:
-        self._allocate, self._unwanted = allocate, unwanted
-        self._slots: list[_Slot] = []
+    def __init__(self, allocate: Callable[[int], Bytes]) -> None:
+        self._allocate = allocate
+        self._free: list[_Slot] = []
+        # Those of which there are tensors, by their address.
+        self._taken: dict[int, _Slot] = {}
         self._takes = 0
-        self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of a free slot, or of a new one; what it holds is not defined."""
         size = prod(shape) * dtype.itemsize
-        with self._lock:
-            free = [slot for slot in self._slots if slot.is_free()]
-            fitting = [slot for slot in free if len(slot.memory) >= size]
-            # The smallest: a larger one may then be unwanted.
-            slot = min(fitting, key=lambda slot: len(slot.memory), default=None)
-            if slot is None:
-                # Batches have grown, or more tensors are kept: a free slot that is too small makes place.
-                if free:
-                    self._slots.remove(free[0])
-                slot = _Slot(self._allocate(max(size, 1)))
-                self._slots.append(slot)
-            slot.taken_at = self._takes
-            self._age()
-            return _tensor(slot.view(size), shape, dtype)
+        slot = self._claim(size) or _Slot(self._allocate(max(size, 1)))
+        self._taken[slot.address] = slot
+        view = slot.view(size, partial(_give_back, slot, self._taken, self._free))
+        slot.taken_at = self._takes
+        self._age()
+        return _tensor(view, shape, dtype)
+
+    def _claim(self, size: int) -> _Slot | None:
+        """A free slot of so many bytes, which is no longer among the free ones."""
+        while free := [slot for slot in reversed(self._free) if not slot.is_busy()]:
+            # The smallest, and of those that are as small the last that was in use: others may then be unwanted.
+            slot = min((slot for slot in free if len(slot.memory) >= size), key=_size, default=None)
+            # Where none does, batches have grown: one that is too small makes place.
+            if self._remove(slot or free[-1]):
+                return slot
+        return None
 
     def _age(self) -> None:
         """Count a take, and give back what has not been wanted for long."""
         self._takes += 1
-        self._slots = [
-            slot for slot in self._slots if self._takes - slot.taken_at <= self._unwanted or not slot.is_free()
-        ]
+        for slot in [slot for slot in self._free if self._takes - slot.taken_at > _UNWANTED]:
+            self._remove(slot)
+
+    def _remove(self, slot: _Slot) -> bool:
+        """Take a slot from the free ones, if it is still among them: there are other threads."""
+        try:
+            self._free.remove(slot)
+        except ValueError:
+            return False
+        return True
 
     def keep(self, tensor: Tensor, is_busy: Callable[[], bool]) -> None:
         """Do not give the slot of a tensor out again while a copy is reading or writing it.
@@ -89,29 +105,28 @@ class Ring:
             tensor: From `take`.
             is_busy: Whether the copy still runs.
         """
-        with self._lock:
-            for slot in self._slots:
-                if slot.address == tensor.data_ptr():
-                    slot.is_busy = is_busy
+        slot = self._taken.get(tensor.data_ptr())
+        if slot is not None:
+            slot.is_busy = is_busy
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._free) + len(self._taken)
 
 
 class RingPerThread(Ring, threading.local):
     """A ring of its own for every thread, which goes with the thread; of large tensors, but not of the largest.
 
-    The C library gives such memory back to the system as soon as it is free, and the next output would wait for
-    thousands of pages to be cleared, for longer than a lookup takes.
+    The C library may give such memory back to the system as soon as it is free, and the next output would wait for
+    thousands of pages to be cleared, for longer than a lookup takes; what it does not give back lies on pages that are
+    far apart.
     """
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As of `Ring`, or a tensor with memory of its own."""
         size = prod(shape) * dtype.itemsize
-        if SMALL < size <= _LARGE:
+        if SMALL < size <= _LARGE and len(self._taken) < _MANY:
             return super().take(shape, dtype)
-        with self._lock:
-            self._age()
+        self._age()
         if size > _LARGE:
             return _tensor(self._allocate(size), shape, dtype)
         return torch.empty(shape, dtype=dtype, device="cpu")  # whatever default device the user has set
@@ -125,14 +140,22 @@ class _Slot:
         self.is_busy: Callable[[], bool] = _never
         self._view: weakref.ref[Bytes] | None = None
 
-    def is_free(self) -> bool:
-        return (self._view is None or self._view() is None) and not self.is_busy()
-
-    def view(self, size: int) -> Bytes:
-        view = self.memory[:size]  # torch keeps this very array for as long as any tensor of it lives
-        self._view = weakref.ref(view)
+    def view(self, size: int, when_dead: Callable[[object], None]) -> Bytes:
+        """The first bytes, for a tensor: torch keeps this very array for as long as any tensor of it lives."""
+        view = self.memory[:size]
+        self._view = weakref.ref(view, when_dead)
         self.is_busy = _never
         return view
+
+
+def _give_back(slot: _Slot, taken: dict[int, _Slot], free: list[_Slot], _dead: object) -> None:
+    """Called when a slot's tensors have died, and maybe the ring: so it knows the ring's lists alone."""
+    taken.pop(slot.address, None)
+    free.append(slot)
+
+
+def _size(slot: _Slot) -> int:
+    return len(slot.memory)
 
 
 def _tensor(memory: Bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -151,10 +174,11 @@ def huge_pages(size: int) -> Bytes:
         mapped = mmap.mmap(-1, size + 2 * _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"expected {size:,} bytes of memory for an output, the system has none: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapped.madvise(mmap.MADV_HUGEPAGE)
     memory: Bytes = np.frombuffer(mapped, np.uint8)
     start = -memory.ctypes.data % _HUGE_PAGE
+    whole = size // _HUGE_PAGE * _HUGE_PAGE  # the rest takes no more than it needs
+    if whole and hasattr(mmap, "MADV_HUGEPAGE"):
+        mapped.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return memory[start : start + size]
 
 
