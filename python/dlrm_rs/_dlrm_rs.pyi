@@ -384,10 +384,10 @@ class Homes:
     """Where the weights of tables are to be: address, elements and strides of each."""
 
     def __new__(cls, addresses: Sequence[int], elements: Sequence[int], strides: Sequence[Sequence[int]]) -> Homes: ...
-    def weights(self, holders: Sequence[Mapping[str, Any]]) -> list[Any] | None:
-        """What each holder, a dictionary, has as `"weight"`, if all are tensors and at their homes.
+    def have(self, holders: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether what each holder, a dictionary, has as `"weight"` is a tensor and at its home.
 
-        Else `None`, and also where `take_tensors` was not told of tensors, or torch cannot describe one.
+        Not where `take_tensors` was not told of tensors, or torch cannot describe one.
         """
 
 def take_tensors(tensor: type) -> bool:

@@ -209,7 +209,16 @@ class EmbeddingTables:
         return self.memory.handle
 
     def weights(self) -> list[nn.Parameter]:
-        """The weight of every table, over the engine's memory; called before every use of the engine.
+        """The weight of every table, over the engine's memory; called before every use of the engine, as `adopt` is.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: As `adopt`.
+        """
+        self.adopt()
+        return self.tied() if self._fixed is None else self._fixed
+
+    def adopt(self) -> None:
+        """Have every weight over the engine's memory, whatever has been put in its place.
 
         Raises:
             RuntimeError: A module has no `weight` any more, or no buffer of quantized rows.
@@ -219,18 +228,14 @@ class EmbeddingTables:
         """
         if self.buffers.in_hands:
             self._take_in()
-        if self._fixed is not None:
-            return self._fixed
-        at_home: list[nn.Parameter] | None = self.memory.homes.weights(self._slots)
-        if at_home is not None:
-            return at_home
-        weights, layouts = self._present()
+        if self._fixed is not None or self.memory.homes.have(self._slots):
+            return
+        _, layouts = self._present()
         if layouts != self.memory.layouts:
             with _ADOPTING:
                 weights, layouts = self._present()
                 if layouts != self.memory.layouts:  # no other thread was here first
-                    self._adopt(weights, layouts)
-        return weights
+                    self._move(weights, layouts)
 
     def settle(self) -> None:
         """Wait for the update that a pipeline may still be at, as rows are to be read or changed but by a lookup."""
@@ -343,7 +348,7 @@ class EmbeddingTables:
                 f"{owner.tables[other].name!r}; give it a clone, or let one module be used in both places"
             )
 
-    def _adopt(self, weights: Sequence[nn.Parameter], layouts: Layouts) -> None:
+    def _move(self, weights: Sequence[nn.Parameter], layouts: Layouts) -> None:
         memory = self.memory
         pairs = zip(zip(*layouts, strict=True), zip(*memory.layouts, strict=True), strict=True)
         moved = [table for table, (here, home) in enumerate(pairs) if here != home]

@@ -41,7 +41,7 @@ def lookup(
         return None
     if tables.output_device is not CPU:
         return None
-    tables.weights()
+    tables.adopt()
     handle = tables.memory.handle
     batch_size = handle.batch_size(indices, offsets, per_sample_weights)
     if batch_size is None:

@@ -34,7 +34,7 @@ def tables_of(key: Tensor) -> EmbeddingTables:
 def at_home(tables: EmbeddingTables, rows: Sequence[Tensor]) -> bool:
     """Whether `rows` are those of `tables`, which take over first what the user has put in their place."""
     were_at_home = tables.memory.is_at(rows)
-    tables.weights()
+    tables.adopt()
     return were_at_home or tables.memory.is_at(rows)
 
 

@@ -24,23 +24,18 @@ impl Homes {
         Self(homes.map(|((address, elements), strides)| Home { address, elements, strides }).collect())
     }
 
-    /// The weights, if each is at its home.
-    fn weights<'py>(
-        &self,
-        py: Python<'py>,
-        holders: &Bound<'py, PyList>,
-    ) -> PyResult<Option<Bound<'py, PyList>>> {
+    /// Whether the weight of every holder is at its home.
+    fn have(&self, py: Python<'_>, holders: &Bound<'_, PyList>) -> PyResult<bool> {
         let name = intern!(py, "weight");
-        let mut weights = Vec::with_capacity(self.0.len());
         for (home, holder) in self.0.iter().zip(holders) {
             // One of a class of its own may answer otherwise than a dictionary.
-            let Ok(holder) = holder.cast_exact::<PyDict>() else { return Ok(None) };
+            let Ok(holder) = holder.cast_exact::<PyDict>() else { return Ok(false) };
             match holder.get_item(name)? {
-                Some(weight) if home.has(&weight) => weights.push(weight),
-                _ => return Ok(None),
+                Some(weight) if home.has(&weight) => {}
+                _ => return Ok(false),
             }
         }
-        PyList::new(py, weights).map(Some)
+        Ok(true)
     }
 }
 
