@@ -232,8 +232,8 @@ def test_a_torch_that_does_not_tell_gives_arrays(monkeypatch: pytest.MonkeyPatch
         def __init__(self, *_: Any) -> None:
             pass
 
-        def weights(self, _: Any) -> None:
-            return None
+        def have(self, _: Any) -> bool:
+            return False
 
     monkeypatch.setattr(calls, "TAKES_TENSORS", False)
     monkeypatch.setattr(memory, "Homes", Unknown)
