@@ -16,7 +16,7 @@ import dlrm_rs
 from clicks import Updates, assert_same_state, click_log, click_model, dense_adam, pipelined, plain_losses
 from dlrm_rs import Pipeline
 from dlrm_rs.devices import CPU, StandIn, output_device
-from dlrm_rs.devices.ring import SMALL, Bytes, Ring, RingPerThread, huge_pages
+from dlrm_rs.devices.ring import LARGE, Bytes, Ring, RingPerThread, huge_pages
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -76,7 +76,7 @@ def test_a_loop_on_the_cpu_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPat
         return memory
 
     monkeypatch.setattr(CPU, "outputs", type(CPU.outputs)(allocate))
-    monkeypatch.setattr("dlrm_rs.devices.ring.SMALL", 0)
+    monkeypatch.setattr("dlrm_rs.devices.ring.LARGE", 0)
     model, log = click_model(), click_log(40)
     for _ in range(2):
         pipelined(model, log)
@@ -89,7 +89,7 @@ def test_a_loop_on_the_cpu_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPat
 def test_large_outputs_are_written_where_one_was_that_nobody_looks_at(is_trained: bool) -> None:
     configs = [dlrm_rs.EmbeddingBagConfig("t", 10, 64, ["f"])]
     collection = dlrm_rs.EmbeddingBagCollection(configs, optimizer=dlrm_rs.optim.SGD(0.1))
-    B = SMALL // (64 * 4) + 1
+    B = LARGE // (64 * 4)
     ids, offsets = torch.arange(B) % 10, torch.arange(B + 1)
     with torch.set_grad_enabled(is_trained):
         first = collection.lookup(ids, offsets)
@@ -115,13 +115,13 @@ def test_large_outputs_are_written_where_one_was_that_nobody_looks_at(is_trained
 
 def test_who_keeps_many_large_outputs_keeps_the_c_librarys_memory() -> None:
     ring = RingPerThread(huge_pages)
-    kept = [ring.take((SMALL + 1,), torch.uint8) for _ in range(300)]
+    kept = [ring.take((LARGE,), torch.uint8) for _ in range(300)]
     assert len(ring) == 256
     assert len({tensor.data_ptr() for tensor in kept}) == 300
     assert torch.equal(kept[-1].resize_(1), kept[-1][:1])  # as memory of a ring cannot be
     del kept
     assert len(ring) == 256
-    ring.take((SMALL + 1,), torch.uint8)
+    ring.take((LARGE,), torch.uint8)
     assert len(ring) == 256
 
 

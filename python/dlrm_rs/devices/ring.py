@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SMALL", "Bytes", "Ring", "RingPerThread", "huge_pages", "pinned"]
+__all__ = ["LARGE", "Bytes", "Ring", "RingPerThread", "huge_pages", "pinned"]
 
 Bytes = NDArray[np.uint8]
 
@@ -32,9 +32,9 @@ _HUGE_PAGE = 2 << 20
 # A free slot goes when it has not been wanted in so many takes: more than some steps have, whatever their collections.
 _UNWANTED = 1000
 
-# Bytes of a tensor for which the C library's memory is as good (`benches/record/2026-11-30-outputs.md`), and above
-# which it is too much to be kept here.
-SMALL, _LARGE = 2 << 20, 256 << 20
+# Bytes of a tensor from which on the C library's memory is not as good (`benches/record/2026-11-30-outputs.md`), and
+# above which it is too much to be kept here.
+LARGE, _LARGEST = 2 << 20, 256 << 20
 
 # Whoever keeps so many tensors collects them, and memory of a mapping each has nothing to offer them.
 _MANY = 256
@@ -124,10 +124,10 @@ class RingPerThread(Ring, threading.local):
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As of `Ring`, or a tensor with memory of its own."""
         size = prod(shape) * dtype.itemsize
-        if SMALL < size <= _LARGE and len(self._taken) < _MANY:
+        if LARGE <= size <= _LARGEST and len(self._taken) < _MANY:
             return super().take(shape, dtype)
         self._age()
-        if size > _LARGE:
+        if size > _LARGEST:
             return _tensor(self._allocate(size), shape, dtype)
         return torch.empty(shape, dtype=dtype, device="cpu")  # whatever default device the user has set
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlrm_rs.devices import CPU
-from dlrm_rs.devices.ring import SMALL
+from dlrm_rs.devices.ring import LARGE
 from dlrm_rs.tables import EmbeddingTables
 
 __all__ = ["lookup"]
@@ -47,7 +47,7 @@ def lookup(
     if batch_size is None:
         return None
     width, dtype = tables.width, tables.output_dtype
-    if batch_size * width * dtype.itemsize <= SMALL and not CPU.outputs:  # as that would, at less cost
+    if batch_size * width * dtype.itemsize < LARGE and not CPU.outputs:  # as that would, at less cost
         out = torch.empty(batch_size, width, dtype=dtype, device=_CPU_DEVICE)
     else:
         out = CPU.outputs.take((batch_size, width), dtype)
