@@ -3,6 +3,8 @@
 import copy
 import gc
 import os
+import pickle
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -114,15 +116,25 @@ def test_large_outputs_are_written_where_one_was_that_nobody_looks_at(is_trained
 
 
 def test_who_keeps_many_large_outputs_keeps_the_c_librarys_memory() -> None:
-    ring = RingPerThread(huge_pages)
-    kept = [ring.take((LARGE,), torch.uint8) for _ in range(300)]
-    assert len(ring) == 256
-    assert len({tensor.data_ptr() for tensor in kept}) == 300
-    assert torch.equal(kept[-1].resize_(1), kept[-1][:1])  # as memory of a ring cannot be
+    ring, most = RingPerThread(huge_pages), (1 << 30) // LARGE
+    kept = [ring.take((LARGE,), torch.uint8) for _ in range(most + 10)]
+    assert len(ring) == most
+    assert len({tensor.data_ptr() for tensor in kept}) == most + 10
+    assert kept[-1].resize_(LARGE + 1).numel() == LARGE + 1  # as memory of a ring cannot be
+    with pytest.raises(RuntimeError, match="resiz"):
+        kept[0].resize_(LARGE + 1)
     del kept
-    assert len(ring) == 256
+    assert len(ring) == most
     ring.take((LARGE,), torch.uint8)
-    assert len(ring) == 256
+    assert len(ring) == most
+
+
+def test_a_tensor_of_a_ring_is_as_others_but_for_its_size() -> None:
+    tensor = Ring(huge_pages).take((2, 3), torch.bfloat16)
+    tensor.copy_(torch.arange(6).view(2, 3))
+    assert tensor.t_().unsqueeze_(0).squeeze_(0).tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert torch.equal(pickle.loads(pickle.dumps(tensor)), tensor)
+    assert torch.equal(copy.deepcopy(tensor), tensor)
 
 
 def test_a_tensor_may_die_in_another_thread_and_after_its_ring() -> None:
@@ -132,16 +144,33 @@ def test_a_tensor_may_die_in_another_thread_and_after_its_ring() -> None:
     thread = threading.Thread(target=tensors.clear)
     thread.start()
     thread.join()
-    last = ring.take((10,), torch.uint8)
+    last, free = ring.take((10,), torch.uint8), ring.take((10,), torch.uint8)
     assert last.data_ptr() == address
-    memory = weakref.ref(ring._taken[address].memory.base)
-    del ring
-    gc.collect()
-    assert last.fill_(3).sum() == 30
-    assert memory() is not None
-    del last
-    gc.collect()
-    assert memory() is None
+    of_last, of_free = (weakref.ref(view.slot.memory.base) for view in ring._taken.values())
+    del free
+    gc.disable()  # nothing waits for it
+    try:
+        del ring
+        assert of_free() is None
+        assert last.fill_(3).sum() == 30
+        assert of_last() is not None
+        del last
+        assert of_last() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_copied_when_its_tensor_dies_is_neither_given_out_nor_back() -> None:
+    ring, is_busy = Ring(huge_pages), True
+    tensor = ring.take((10,), torch.uint8)
+    address = tensor.data_ptr()
+    ring.keep(tensor, lambda: is_busy)
+    del tensor
+    for _ in range(1100):
+        assert ring.take((10,), torch.uint8).data_ptr() != address
+    is_busy = False
+    ring.take((10,), torch.uint8)  # and since it has not been wanted for long
+    assert address not in {slot.address for slot in ring._free}
 
 
 def test_threads_and_whatever_runs_in_the_midst_of_a_take_have_memory_of_their_own() -> None:
@@ -164,8 +193,13 @@ def test_threads_and_whatever_runs_in_the_midst_of_a_take_have_memory_of_their_o
                 return False
         return True
 
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(work, range(4)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

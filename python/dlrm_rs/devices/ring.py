@@ -5,7 +5,8 @@ tensor from a ring may be kept for as long as one likes, and after a few steps n
 slot that has not been wanted for some steps gives its memory back, and with a ring go all that nothing looks at.
 
 There is no lock: a tensor may die in any thread, in the midst of a take too, where a signal is handled or garbage
-collected. Slots go from list to list by operations that Python does at once.
+collected. Slots go from list to list by operations that Python does at once, and what runs when a tensor dies is no
+Python code, in which a Ctrl-C could be raised and lost.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -33,11 +34,8 @@ _HUGE_PAGE = 2 << 20
 _UNWANTED = 1000
 
 # Bytes of a tensor from which on the C library's memory is not as good (`benches/record/2026-11-30-outputs.md`), and
-# above which it is too much to be kept here.
-LARGE, _LARGEST = 2 << 20, 256 << 20
-
-# Whoever keeps so many tensors collects them, and memory of a mapping each has nothing to offer them.
-_MANY = 256
+# those of all tensors of a thread above which they have it all the same: whoever keeps so much collects them.
+LARGE, _MOST = 2 << 20, 1 << 30
 
 
 class Ring:
@@ -60,19 +58,28 @@ class Ring:
     def __init__(self, allocate: Callable[[int], Bytes]) -> None:
         self._allocate = allocate
         self._free: list[_Slot] = []
-        # Those of which there are tensors, by their address.
-        self._taken: dict[int, _Slot] = {}
+        # Those of which there are tensors, by their address, and those whose tensors have died since the last take.
+        self._taken: dict[int, _View] = {}
+        self._dead: list[_View] = []
         self._takes = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of a free slot, or of a new one; what it holds is not defined."""
         size = prod(shape) * dtype.itemsize
+        self._collect()
         slot = self._claim(size) or _Slot(self._allocate(max(size, 1)))
-        self._taken[slot.address] = slot
-        view = slot.view(size, partial(_give_back, slot, self._taken, self._free))
         slot.taken_at = self._takes
+        view = slot.memory[:size]  # torch keeps this very array for as long as any tensor of it lives
+        self._taken[slot.address] = _watched(view, self._dead.append, slot)
         self._age()
         return _tensor(view, shape, dtype)
+
+    def _collect(self) -> None:
+        """Count as free what nothing looks at any more."""
+        while self._dead:
+            dead = self._dead.pop()
+            if self._taken.pop(dead.slot.address, None) is not None:
+                self._free.append(dead.slot)
 
     def _claim(self, size: int) -> _Slot | None:
         """A free slot of so many bytes, which is no longer among the free ones."""
@@ -91,10 +98,13 @@ class Ring:
             self._remove(slot)
 
     def _remove(self, slot: _Slot) -> bool:
-        """Take a slot from the free ones, if it is still among them: there are other threads."""
+        """Take a slot from the free ones, if it is still there and at rest: there are other threads."""
         try:
             self._free.remove(slot)
         except ValueError:
+            return False
+        if slot.is_busy():
+            self._free.append(slot)
             return False
         return True
 
@@ -105,16 +115,17 @@ class Ring:
             tensor: From `take`.
             is_busy: Whether the copy still runs.
         """
-        slot = self._taken.get(tensor.data_ptr())
-        if slot is not None:
-            slot.is_busy = is_busy
+        view = self._taken.get(tensor.data_ptr())
+        if view is not None:
+            view.slot.is_busy = is_busy
 
     def __len__(self) -> int:
+        self._collect()
         return len(self._free) + len(self._taken)
 
 
 class RingPerThread(Ring, threading.local):
-    """A ring of its own for every thread, which goes with the thread; of large tensors, but not of the largest.
+    """A ring of its own for every thread, which goes with the thread; of large tensors, but not of too many.
 
     The C library may give such memory back to the system as soon as it is free, and the next output would wait for
     thousands of pages to be cleared, for longer than a lookup takes; what it does not give back lies on pages that are
@@ -124,11 +135,12 @@ class RingPerThread(Ring, threading.local):
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As of `Ring`, or a tensor with memory of its own."""
         size = prod(shape) * dtype.itemsize
-        if LARGE <= size <= _LARGEST and len(self._taken) < _MANY:
+        if size > _MOST:
+            return _tensor(self._allocate(size), shape, dtype)
+        self._collect()
+        if size >= LARGE and size + sum(len(view.slot.memory) for view in list(self._taken.values())) <= _MOST:
             return super().take(shape, dtype)
         self._age()
-        if size > _LARGEST:
-            return _tensor(self._allocate(size), shape, dtype)
         return torch.empty(shape, dtype=dtype, device="cpu")  # whatever default device the user has set
 
 
@@ -138,20 +150,19 @@ class _Slot:
         self.taken_at = 0
         self.address: int = memory.ctypes.data
         self.is_busy: Callable[[], bool] = _never
-        self._view: weakref.ref[Bytes] | None = None
-
-    def view(self, size: int, when_dead: Callable[[object], None]) -> Bytes:
-        """The first bytes, for a tensor: torch keeps this very array for as long as any tensor of it lives."""
-        view = self.memory[:size]
-        self._view = weakref.ref(view, when_dead)
-        self.is_busy = _never
-        return view
 
 
-def _give_back(slot: _Slot, taken: dict[int, _Slot], free: list[_Slot], _dead: object) -> None:
-    """Called when a slot's tensors have died, and maybe the ring: so it knows the ring's lists alone."""
-    taken.pop(slot.address, None)
-    free.append(slot)
+class _View(weakref.ref[Bytes]):
+    """What the tensors of a slot look at."""
+
+    slot: _Slot
+
+
+def _watched(view: Bytes, when_dead: Callable[[_View], None], slot: _Slot) -> _View:
+    """Have `when_dead` called when the tensors of a slot have died."""
+    made = _View(view, when_dead)
+    made.slot = slot
+    return made
 
 
 def _size(slot: _Slot) -> int:
@@ -159,8 +170,10 @@ def _size(slot: _Slot) -> int:
 
 
 def _tensor(memory: Bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    # `data`, which is no view for autograd: that refuses to have a view that a Function gives changed in place.
-    return torch.from_numpy(memory).view(dtype).view(shape).data
+    # Set, as a view is what autograd lets nobody change in place that a Function has given.
+    storage = torch.from_numpy(memory).untyped_storage()
+    made: Tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[call-overload]
+    return made
 
 
 def _never() -> bool:
@@ -178,7 +191,8 @@ def huge_pages(size: int) -> Bytes:
     start = -memory.ctypes.data % _HUGE_PAGE
     whole = size // _HUGE_PAGE * _HUGE_PAGE  # the rest takes no more than it needs
     if whole and hasattr(mmap, "MADV_HUGEPAGE"):
-        mapped.madvise(mmap.MADV_HUGEPAGE, start, whole)
+        with suppress(OSError):  # a kernel that has none
+            mapped.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return memory[start : start + size]
 
 
