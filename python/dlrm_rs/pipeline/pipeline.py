@@ -57,7 +57,8 @@ class Pipeline:
     Args:
         model: The model.
         dense_optimizer: Steps the dense layers; None for a loop of one's own.
-        loader: Batches, such as a `DataLoader`; iterated over in a thread.
+        loader: Batches, such as a `DataLoader`; iterated over in a thread. For a GPU let it pin them: dense features of
+            other memory keep the loop waiting until they are copied.
         loss: `loss(model, batch)` gives the loss to minimize, a scalar. By default the log loss of a model that is
             called with `batch.dense` and `batch.sparse`, as `DLRM` and `dlrm_rs.data.Batch` are.
         updates: "exact" or "stale".
