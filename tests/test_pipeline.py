@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from clicks import (
 )
 from dlrm_rs import Pipeline
 from dlrm_rs.data import Batch, ClickLog
+from dlrm_rs.devices import Device, StandIn
 from dlrm_rs.optim import SGD, Adagrad, Adam, OptimizerSpec, RowWiseAdagrad
 from dlrm_rs.pipeline.lane import Visit
 from dlrm_rs.pipeline.parting import Parting, Trials
@@ -54,15 +55,28 @@ def stale_losses(model: dlrm_rs.DLRM, log: list[Batch]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("optimizer", [RowWiseAdagrad(lr=0.05), Adam(lr=0.01)], ids=lambda spec: spec.algorithm)
+# Beside the CPU itself, a device that copies, and takes longer than the tables do.
+with_stand_in = pytest.mark.parametrize(
+    "make_device", [lambda: None, lambda: StandIn(0.001, 2e8)], ids=["CPU", "other"]
+)
+MakeDevice = Callable[[], Device | None]
+
+two_optimizers = pytest.mark.parametrize(
+    "optimizer", [RowWiseAdagrad(lr=0.05), Adam(lr=0.01)], ids=lambda spec: spec.algorithm
+)
+
+
+@two_optimizers
 @pytest.mark.parametrize(
     ("data_type", "hot_rows"), [("fp32", 0), ("fp16", 0), ("bf16", 0), ("int8", 0), ("int8", 0.05)]
 )
+@with_stand_in
 def test_exact_updates_give_the_bits_of_the_plain_loop(
-    optimizer: OptimizerSpec, data_type: str, hot_rows: float
+    optimizer: OptimizerSpec, data_type: str, hot_rows: float, make_device: MakeDevice
 ) -> None:
     log = click_log(200)
-    plain, model = (click_model(optimizer, data_type=data_type, hot_rows=hot_rows) for _ in range(2))
+    plain = click_model(optimizer, data_type=data_type, hot_rows=hot_rows)
+    model = click_model(optimizer, data_type=data_type, hot_rows=hot_rows, device=make_device())
     expected = plain_losses(plain, log)
     assert len(set(expected)) == 200
     assert pipelined(model, log) == expected
@@ -75,16 +89,23 @@ def test_exact_updates_give_the_bits_of_the_plain_loop(
     ids=lambda spec: f"{spec.algorithm} {spec.clip_norm}",
 )
 @pytest.mark.parametrize("output_dtype", [torch.float16, torch.bfloat16])
-def test_other_optimizers_and_outputs_of_half_precision(optimizer: OptimizerSpec, output_dtype: torch.dtype) -> None:
+@with_stand_in
+def test_other_optimizers_and_outputs_of_half_precision(
+    optimizer: OptimizerSpec, output_dtype: torch.dtype, make_device: MakeDevice
+) -> None:
     log = click_log(60)
-    plain, model = click_model(optimizer, output_dtype), click_model(optimizer, output_dtype)
+    plain, model = click_model(optimizer, output_dtype), click_model(optimizer, output_dtype, make_device())
     assert pipelined(model, log) == plain_losses(plain, log)
     assert_same_state(model, plain)
 
 
-def test_stale_updates_are_one_step_stale() -> None:
-    log = click_log(60)
-    model, reference, plain = (click_model(poolings=["sum", "mean", "sum", "sum"]) for _ in range(3))
+@two_optimizers
+@pytest.mark.parametrize("data_type", ["fp32", "bf16", "int8"])
+@with_stand_in
+def test_stale_updates_are_one_step_stale(optimizer: OptimizerSpec, data_type: str, make_device: MakeDevice) -> None:
+    log, poolings = click_log(60), ["sum", "mean", "sum", "sum"]
+    reference, plain = (click_model(optimizer, data_type=data_type, poolings=poolings) for _ in range(2))
+    model = click_model(optimizer, data_type=data_type, poolings=poolings, device=make_device())
     expected = stale_losses(reference, log)
     assert pipelined(model, log, updates="stale") == expected
     assert_same_state(model, reference)
@@ -243,3 +264,37 @@ def test_several_collections_and_other_modules() -> None:
     losses = trained(model, sgd(model), Pipeline(model, None, log).batches())
     assert losses == trained(plain, sgd(plain), log)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+class Clicks(torch.utils.data.Dataset[Batch]):
+    """Batches, the item of a number too large a failure."""
+
+    def __init__(self, log: list[Batch], count: int) -> None:
+        self._log, self._count = log, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Batch:
+        return self._log[number]
+
+
+def data_loader(log: list[Batch], count: int) -> torch.utils.data.DataLoader[Batch]:
+    """Batches loaded by two processes, which are forked from the pipeline's thread within its loop."""
+    return torch.utils.data.DataLoader(Clicks(log, count), batch_size=None, num_workers=2)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_batches_of_a_data_loader_with_processes_of_its_own() -> None:
+    log = click_log(30)
+    plain, model = click_model(), click_model()
+    assert pipelined(model, data_loader(log, 30)) == plain_losses(plain, log)
+    assert_same_state(model, plain)
+    for number, _ in enumerate(Pipeline(model, dense_adam(model), data_loader(log, 30))):
+        if number == 3:
+            break
+    losses: list[float] = []
+    with pytest.raises(IndexError, match="list index out of range") as raised:
+        losses.extend(loss.item() for loss in Pipeline(model, dense_adam(model), data_loader(log, 31)))
+    assert len(losses) == 30
+    assert "loading of batch 30" in "".join(raised.value.__notes__)

@@ -33,6 +33,7 @@ from dlrm_rs.data import Batch
 from dlrm_rs.devices import StandIn
 from dlrm_rs.optim import SGD, RowWiseAdagrad
 from dlrm_rs.pipeline.lane import Visit
+from dlrm_rs.pipeline.parting import Parting, Trials
 from dlrm_rs.pipeline.pipeline import click_loss
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -81,6 +82,11 @@ def bad_offsets(log: list[Batch]) -> Iterator[Batch]:
     yield Batch(log[5].dense, sparse, log[5].labels)
 
 
+def interrupted(log: list[Batch]) -> Iterator[Batch]:
+    yield from log[:5]
+    raise KeyboardInterrupt("in the loader")
+
+
 def no_features(log: list[Batch]) -> Iterator[Any]:
     yield from log[:5]
     yield log[5].dense
@@ -90,6 +96,7 @@ def no_features(log: list[Batch]) -> Iterator[Any]:
     ("loader", "error", "words", "note"),
     [
         (failing_loader, OSError, "the disk is gone", "loading of batch 5"),
+        (interrupted, KeyboardInterrupt, "in the loader", "loading of batch 5"),
         (bad_id, IndexError, r"indices\[7\]: expected 0 <= id < 3000, the rows of table 't0'", "sort of batch 5"),
         (bad_offsets, ValueError, "offsets", "sort of batch 5"),
         (no_features, ValueError, "expected one KeyedJaggedTensor in a batch, got 0 in Tensor", "loading of batch 5"),
@@ -97,7 +104,7 @@ def no_features(log: list[Batch]) -> Iterator[Any]:
 )
 @pytest.mark.parametrize("updates", ["exact", "stale"])
 def test_a_failure_of_a_thread_reaches_the_loop_after_the_batches_before_it(
-    loader: Callable[[list[Batch]], Iterator[Any]], error: type[Exception], words: str, note: str, updates: Updates
+    loader: Callable[[list[Batch]], Iterator[Any]], error: type[BaseException], words: str, note: str, updates: Updates
 ) -> None:
     log = click_log(7)
     model = click_model()
@@ -109,6 +116,90 @@ def test_a_failure_of_a_thread_reaches_the_loop_after_the_batches_before_it(
     assert losses == pipelined(other, log[:5], updates=updates)
     assert_same_state(model, other)
     assert threads() == []
+
+
+# The call that fails, how much is parted, and what the failure tells; in stale mode nothing is parted.
+STAGES = [
+    ("prepare", (), Parting.NOTHING, "sort of batch 5"),
+    ("lookup", (), Parting.NOTHING, "lookup of batch 5"),
+    ("send", (), Parting.NOTHING, "send of batch 5"),
+    ("update", (), Parting.NOTHING, "update of batch 5"),
+    ("overlap", (), Parting.ROWS_AND_BAGS, "overlap of batch 6"),
+    ("lookup", ("apart",), Parting.ROWS_AND_BAGS, "lookup apart of batch 5"),
+    ("lookup", ("shared",), Parting.ROWS_AND_BAGS, "lookup shared of batch 5"),
+    ("lookup", ("shared",), Parting.ROWS, "lookup shared of batch 5"),
+    ("wait", (), Parting.ROWS_AND_BAGS, "gradient of batch 5"),
+    ("update", ("shared",), Parting.ROWS_AND_BAGS, "update shared of batch 5"),
+    ("update", ("apart",), Parting.ROWS_AND_BAGS, "update apart of batch 5"),
+]
+
+
+@pytest.mark.parametrize("device", [None, StandIn(0.002, 2e8)], ids=["CPU", "stand-in"])
+@pytest.mark.parametrize(
+    ("updates", "method", "part", "parting", "stage"),
+    [("exact", *stage) for stage in STAGES] + [("stale", *stage) for stage in STAGES if Parting.NOTHING in stage],
+)
+def test_a_failure_of_any_stage_ends_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+    device: StandIn | None,
+    updates: Updates,
+    method: str,
+    part: tuple[str, ...],
+    parting: Parting,
+    stage: str,
+) -> None:
+    log = click_log(9)
+    real = getattr(Visit, method)
+
+    def failing(visit: Visit, *given: Any) -> Any:
+        if visit.is_of(log[5].sparse) and (method == "overlap" or given[1:] == part):
+            raise OSError("the stage is gone")
+        return real(visit, *given)
+
+    monkeypatch.setattr(Trials, "choose", lambda _: parting)
+    monkeypatch.setattr(Visit, method, failing)
+    model, other = click_model(device=device), click_model()
+    losses: list[float] = []
+    with pytest.raises(OSError, match="the stage is gone") as raised:
+        losses.extend(loss.item() for loss in Pipeline(model, dense_adam(model), log, updates=updates))
+    assert stage in "".join(raised.value.__notes__)
+    assert threads() == []
+    monkeypatch.undo()
+    # A failure after the batch's loss comes with the next one, or the one after it.
+    assert len(losses) == 5 if "lookup" in stage or method in ("prepare", "send") else len(losses) in (5, 6, 7)
+    assert losses == pipelined(other, log, updates=updates)[: len(losses)]
+    assert len(pipelined(model, log[:3], updates=updates)) == 3
+
+
+class Faulty(StandIn):
+    """A stand-in of which the copies in one direction fail from the fifth on."""
+
+    def __init__(self, there: bool) -> None:
+        super().__init__(0.001, 2e8)
+        self._fails_there, self._copies_made = there, 0
+
+    def _copy(self, source: Tensor, ring: Any, begin: float) -> Any:
+        if (ring is self._memory) is self._fails_there:
+            self._copies_made += 1
+            if self._copies_made == 5:
+                raise OSError("the bus is gone")
+        return super()._copy(source, ring, begin)
+
+
+@pytest.mark.parametrize("updates", ["exact", "stale"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failure_of_the_device_ends_the_loop_after_a_whole_step(there: bool, updates: Updates) -> None:
+    log, model, other = click_log(9), click_model(device=Faulty(there)), click_model()
+    losses: list[float] = []
+    with pytest.raises(OSError, match="the bus is gone") as raised:
+        losses.extend(loss.item() for loss in Pipeline(model, dense_adam(model), log, updates=updates))
+    if not there:
+        assert "gradient of batch 4" in "".join(raised.value.__notes__)
+    assert len(losses) == 4 if there else len(losses) in (4, 5, 6)
+    assert losses == pipelined(other, log, updates=updates)[: len(losses)]
+    assert steps(model) == 4
+    assert threads() == []
+    assert len(pipelined(model, log[:3], updates=updates)) == 3
 
 
 def infinite_at(number: int) -> Callable[[nn.Module, Batch], Tensor]:
@@ -178,7 +269,8 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("where", ["loss", "body", "wait"])
-def test_ctrl_c_ends_the_loop_after_a_whole_step(where: str) -> None:
+@pytest.mark.parametrize("updates", ["exact", "stale"])
+def test_ctrl_c_ends_the_loop_after_a_whole_step(where: str, updates: Updates) -> None:
     log = click_log(40)
     gate = threading.Event()
     count = 0
@@ -199,16 +291,19 @@ def test_ctrl_c_ends_the_loop_after_a_whole_step(where: str) -> None:
     model, plain = click_model(), click_model()
     done = 0
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        for done, _ in enumerate(Pipeline(model, dense_adam(model), loader(), loss), 1):
+        for done, _ in enumerate(Pipeline(model, dense_adam(model), loader(), loss, updates=updates), 1):
             if where == "body" and done == 4:
                 raise KeyboardInterrupt
             if where == "wait" and done == 4:
                 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     gate.set()
     assert done == 4
-    plain_losses(plain, log[:4])
-    assert_same_state(model, plain)
     assert threads() == []
+    losses = loop(Pipeline(plain, dense_adam(plain), log, updates=updates))
+    for _ in range(4):
+        next(losses)
+    losses.close()
+    assert_same_state(model, plain)
 
 
 @pytest.mark.usefixtures("interruptible")
