@@ -329,6 +329,7 @@ class Visit:
                 "backward: expected one of every batch, before the next one is asked for: the rows have moved since"
             )
         optimizer = self._tables.optimizer
+        # As float32, which the update reads: the device converts in less time than the host.
         fetched = self._tables.output_device.fetch(grad.contiguous(), torch.float32, self._sent)
         # The learning rate of now: a scheduler may change it before the update runs.
         self._groups = [] if optimizer is None else optimizer.begin_step()
