@@ -2,7 +2,8 @@
 
     python benches/readme_table.py benches/record/2026-12-24.json
 
-puts them between README's two markers, in the place of those that were there. No figure is typed by hand.
+puts them between README's two markers, in the place of those that were there. No figure is typed by hand. `--steps`
+names another record for the training steps.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ END = "<!-- comparison ends -->"
 STACKED = "stacked"
 
 
-def tables(record: Record) -> str:
+FAMILIES = ("lookup", "step")
+
+
+def tables(record: Record, families: Sequence[str] = FAMILIES) -> str:
     """Lookups, and then training steps by their optimizer, on the most threads; a family that has none is left out."""
-    made = [_table(record, "lookup"), _table(record, "step")]
+    made = [_table(record, family) for family in families]
     return "\n\n".join(table for table in made if table)
 
 
@@ -62,12 +66,12 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def caption(record: Record, source: str) -> str:
+def caption(record: Record, source: str, families: Sequence[str] = FAMILIES) -> str:
     """What the figures are, and on what they were measured."""
     machine = record.machine
     threads = max(record.arguments.thread_counts())
     fbgemm = machine["fbgemm-gpu-cpu"] or machine["fbgemm-gpu"]
-    limits = {family: record.arguments.rows_of(family) for family in record.arguments.families if family != "quantize"}
+    limits = {family: record.arguments.rows_of(family) for family in families if family in record.arguments.families}
     rows = "".join(
         f", no table of a {family} of more than {limit:,} rows" for family, limit in limits.items() if limit is not None
     )
@@ -106,10 +110,17 @@ def main() -> None:
     """Rewrite the README."""
     parser = argparse.ArgumentParser(description="Write README's tables of the comparison from a record.")
     parser.add_argument("record", type=Path)
+    parser.add_argument("--steps", type=Path, help="another record, of which the training steps are")
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args()
-    record = load_record(options.record)
-    section = f"\n{tables(record)}\n\n{caption(record, options.record.as_posix())}\n"
+    sources: list[tuple[Path, Sequence[str]]] = [(options.record, FAMILIES)]
+    if options.steps is not None:
+        sources = [(options.record, ("lookup",)), (options.steps, ("step",))]
+    parts = []
+    for source, families in sources:
+        record = load_record(source)
+        parts += [tables(record, families), caption(record, source.as_posix(), families)]
+    section = "\n" + "\n\n".join(parts) + "\n"
     readme = options.readme.read_text(encoding="utf-8")
     options.readme.write_text(rewrite(readme, section), encoding="utf-8")
 

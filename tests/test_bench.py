@@ -419,12 +419,14 @@ def test_a_record_is_read_as_it_was_written(record: Record, tmp_path: Path) -> N
         load_record(path)
 
 
-def readme(record: Record, content: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], str]:
+def readme(
+    record: Record, content: str, folder: Path, *options: str | Path
+) -> tuple[subprocess.CompletedProcess[str], str]:
     """What the script says and makes of a README."""
     save_record(record, folder / "record.json")
     (folder / "README.md").write_text(content)
     script = Path(__file__).parents[1] / "benches" / "readme_table.py"
-    command: list[str | Path] = [sys.executable, script, folder / "record.json", "--readme", folder / "README.md"]
+    command = [sys.executable, script, folder / "record.json", "--readme", folder / "README.md", *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result, (folder / "README.md").read_text()
 

@@ -179,3 +179,13 @@ def test_steps_are_told(tmp_path: Path) -> None:
     assert "| shape | batch | ids | optimizer | fp32 | bf16 |" in written
     assert "| SINGLE | 2,048 | uniform | Adam | 5.00 (fast) | no peer |" in written
     assert "no table of a step of more than 250,000 rows" in written
+    steps, lookups = tmp_path / "steps.json", [replace(m, family="lookup", optimizer="") for m in measured]
+    save_record(record, steps)
+    record = replace(record, arguments=Arguments(threads=("2",)), measurements=[*lookups, *measured])
+    result, written = readme(record, f"{begin}\n{end}\n", tmp_path, "--steps", steps)
+    assert result.returncode == 0, result.stderr
+    assert written.count("| shape | batch | ids |") == 2
+    assert "| SINGLE | 2,048 | uniform | 5.00 (fast) | no peer |" in written
+    assert written.count("| SINGLE | 2,048 | uniform | Adam | 5.00 (fast) | no peer |") == 1
+    assert "record.json` has the rest" in written
+    assert "steps.json` has the rest" in written
