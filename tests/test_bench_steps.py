@@ -18,7 +18,7 @@ from dlrm_rs.bench.job import CEILING
 from dlrm_rs.bench.measurement import Measurement
 from dlrm_rs.bench.optimizers import LR, OPTIMIZERS, Reference
 from dlrm_rs.bench.plot import save_plot
-from dlrm_rs.bench.record import Record, comparisons
+from dlrm_rs.bench.record import Record, comparisons, save_record
 from dlrm_rs.bench.report import print_report
 from dlrm_rs.bench.rows import Rows
 from dlrm_rs.bench.sides import TRAINING_PEERS, Peer
