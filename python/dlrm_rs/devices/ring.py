@@ -58,7 +58,7 @@ class Ring:
     def __init__(self, allocate: Callable[[int], Bytes]) -> None:
         self._allocate = allocate
         self._free: list[_Slot] = []
-        # Those of which there are tensors, by their address, and those whose tensors have died since the last take.
+        # What tensors look at, by its identity, and what of it they have ceased to since the last take.
         self._taken: dict[int, _View] = {}
         self._dead: list[_View] = []
         self._takes = 0
@@ -70,16 +70,18 @@ class Ring:
         slot = self._claim(size) or _Slot(self._allocate(max(size, 1)))
         slot.taken_at = self._takes
         view = slot.memory[:size]  # torch keeps this very array for as long as any tensor of it lives
-        self._taken[slot.address] = _watched(view, self._dead.append, slot)
+        watched = _watched(view, self._dead.append, slot)
+        self._taken[id(watched)] = watched
         self._age()
         return _tensor(view, shape, dtype)
 
     def _collect(self) -> None:
         """Count as free what nothing looks at any more."""
-        while self._dead:
-            dead = self._dead.pop()
-            if self._taken.pop(dead.slot.address, None) is not None:
+        for dead in list(self._dead):
+            if self._taken.pop(id(dead), None) is not None:  # no other thread was here first
                 self._free.append(dead.slot)
+            with suppress(ValueError):
+                self._dead.remove(dead)
 
     def _claim(self, size: int) -> _Slot | None:
         """A free slot of so many bytes, which is no longer among the free ones."""
@@ -115,9 +117,9 @@ class Ring:
             tensor: From `take`.
             is_busy: Whether the copy still runs.
         """
-        view = self._taken.get(tensor.data_ptr())
-        if view is not None:
-            view.slot.is_busy = is_busy
+        for view in list(self._taken.values()):
+            if view.slot.address == tensor.data_ptr():
+                view.slot.is_busy = is_busy
 
     def __len__(self) -> int:
         self._collect()

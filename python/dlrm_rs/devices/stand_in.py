@@ -8,6 +8,7 @@ it sleeps, and the CPU is free. What the arithmetic takes of the calling thread 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,9 @@ class StandIn(Device):
         if not self._copies:  # the rows are in use for as long as they are there
             return _Sending(self, partial(self._arrival, rows, begin))
         copied = self._there.submit(self._copy, rows, self._memory, begin)
-        self.outputs.keep(rows, lambda: not copied.done())
+        is_done = threading.Event()  # not of `copied`, which holds the copy
+        copied.add_done_callback(lambda _: is_done.set())
+        self.outputs.keep(rows, lambda: not is_done.is_set())
         return _Sending(self, copied.result)
 
     def fetch(self, grad: Tensor, dtype: torch.dtype, sent: Sent) -> Fetched:
