@@ -18,7 +18,6 @@ from torch.nn.utils import parametrize, prune
 import dlrm_rs
 from dlrm_rs import tables
 
-
 SPEC = dlrm_rs.optim.Adagrad(lr=0.1)
 BAG = torch.tensor([[1, 2, 2]])
 
