@@ -235,7 +235,7 @@ class EmbeddingTables:
             with _ADOPTING:
                 weights, layouts = self._present()
                 if layouts != self.memory.layouts:  # no other thread was here first
-                    self._move(weights, layouts)
+                    self._take_home(weights, layouts)
 
     def settle(self) -> None:
         """Wait for the update that a pipeline may still be at, as rows are to be read or changed but by a lookup."""
@@ -348,7 +348,7 @@ class EmbeddingTables:
                 f"{owner.tables[other].name!r}; give it a clone, or let one module be used in both places"
             )
 
-    def _move(self, weights: Sequence[nn.Parameter], layouts: Layouts) -> None:
+    def _take_home(self, weights: Sequence[nn.Parameter], layouts: Layouts) -> None:
         memory = self.memory
         pairs = zip(zip(*layouts, strict=True), zip(*memory.layouts, strict=True), strict=True)
         moved = [table for table, (here, home) in enumerate(pairs) if here != home]
